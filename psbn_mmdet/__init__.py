@@ -1,0 +1,18 @@
+"""psBN for MMDetection: importing this package registers its layers and its hook."""
+
+try:
+    import mmengine  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'psbn_mmdet needs MMEngine, MMCV and MMDetection: install them from a checkout of '
+        "psbn_mmdet with `pip install --no-build-isolation -e '.[onedl]'`, or "
+        "`pip install --no-build-isolation -e '.[openmmlab]'` for the original packages"
+    ) from error
+
+from . import hooks, layers
+from .safe_globals import allow_mmengine_checkpoints
+from .version import __version__
+
+allow_mmengine_checkpoints()
+
+__all__ = ['__version__', 'hooks', 'layers']

@@ -1,0 +1,25 @@
+"""What collapse is: the census of a network, rectifiers, gradients, and the record of a run."""
+
+from .census import KINDS, Census, LayerCensus, census, check_thresholds, find_norms, stage_of
+from .gradients import GradientWatch
+from .records import Records, RecordWriter, format_ranges, parse_ranges, read_records
+from .rectifiers import ForwardTrace, RectifierTrace, trace_rectifiers
+
+__all__ = [
+    'KINDS',
+    'Census',
+    'ForwardTrace',
+    'GradientWatch',
+    'LayerCensus',
+    'RecordWriter',
+    'Records',
+    'RectifierTrace',
+    'census',
+    'check_thresholds',
+    'find_norms',
+    'format_ranges',
+    'parse_ranges',
+    'read_records',
+    'stage_of',
+    'trace_rectifiers',
+]

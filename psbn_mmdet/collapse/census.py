@@ -1,0 +1,250 @@
+"""Which filters of a network are collapsed, and why.
+
+Three facts are told apart, each per BN channel with gamma and the effective shift b (the bias of
+BN; beta + alpha of psBN):
+
+- *vanished*: ``|gamma| <= tau``. The filter's response no longer reaches the output.
+- *dead*: ``b + k * |gamma| <= 0``, predicted from the parameters of a BN whose output goes
+  straight into a rectifier. With xhat ~ N(0, 1) and k = 3 the rectifier then passes something for
+  at most Phi(-3) = 0.135 % of the inputs.
+- *trapped*: no gradient reached gamma nor beta in any step of an observation window. Measured in
+  training (see :mod:`.gradients`), exact for any activation, wherever it stands.
+
+*Collapsed* is vanished, dead or trapped, as far as each is known for the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers import PostShiftedBatchNorm
+
+KINDS = ('vanished', 'dead', 'trapped')
+
+
+@dataclass(frozen=True)
+class LayerCensus:
+    """Facts about the channels of one BN or psBN layer.
+
+    Attributes:
+        name (str): The layer's name in the network.
+        norm (str): 'BN' or 'psBN'.
+        gamma (np.ndarray): Scale, shape (C,).
+        shift (np.ndarray): Effective shift b, shape (C,).
+        frozen (bool): Whether neither gamma nor beta is trained.
+        rectifier (str, optional): What follows the layer: 'relu', 'leaky_relu', 'other' for
+            anything else, None if it is not known.
+        vanished (np.ndarray): Bool, shape (C,).
+        dead (np.ndarray, optional): Bool, shape (C,), None if no rectifier is known to follow.
+        trapped (np.ndarray, optional): Bool, shape (C,), None if not observed.
+    """
+
+    name: str
+    norm: str
+    gamma: np.ndarray
+    shift: np.ndarray
+    frozen: bool
+    rectifier: str | None
+    vanished: np.ndarray
+    dead: np.ndarray | None
+    trapped: np.ndarray | None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C."""
+        return len(self.gamma)
+
+    @property
+    def collapsed(self) -> np.ndarray:
+        """Vanished, dead or trapped as far as known; bool, shape (C,)."""
+        return _union(self.vanished, self.dead, self.trapped)
+
+    @property
+    def stage(self) -> str:
+        """The part of the network that the layer belongs to, such as 'backbone.layer1'."""
+        return stage_of(self.name)
+
+
+@dataclass(frozen=True)
+class Census:
+    """The layers of a network and the thresholds they were judged by.
+
+    Attributes:
+        layers (list[LayerCensus]): In the order of the network's modules.
+        tau (float): Threshold of vanished.
+        k (float): Threshold of dead, in standard deviations.
+    """
+
+    layers: list[LayerCensus]
+    tau: float
+    k: float
+    _index: dict[str, LayerCensus] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, '_index', {layer.name: layer for layer in self.layers})
+
+    def __getitem__(self, name: str) -> LayerCensus:
+        return self._index[name]
+
+    def count(self, kind: str) -> int | None:
+        """Number of channels of a kind ('vanished', 'dead', 'trapped' or 'collapsed').
+
+        Returns:
+            int, optional: None if the kind is not known for any layer.
+        """
+        masks = [getattr(layer, kind) for layer in self.layers]
+        known = [mask for mask in masks if mask is not None]
+        return int(sum(mask.sum() for mask in known)) if known else None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of all layers."""
+        return sum(layer.channels for layer in self.layers)
+
+    @property
+    def frozen(self) -> int:
+        """Number of channels in frozen layers."""
+        return sum(layer.channels for layer in self.layers if layer.frozen)
+
+    def stages(self) -> dict[str, Census]:
+        """The census of each stage, in the order of the network."""
+        stages: dict[str, list[LayerCensus]] = {}
+        for layer in self.layers:
+            stages.setdefault(layer.stage, []).append(layer)
+        return {name: Census(layers, self.tau, self.k) for name, layers in stages.items()}
+
+
+def check_thresholds(tau: float, k: float) -> None:
+    """Check the thresholds of a census.
+
+    Raises:
+        ValueError: If ``tau`` is not in [0, 1) or ``k`` not a finite number >= 0.
+    """
+    if not 0 <= tau < 1:
+        raise ValueError(f'tau, the largest |gamma| called vanished, must be in [0, 1), got {tau}')
+    if not (math.isfinite(k) and k >= 0):
+        raise ValueError(f'k, in standard deviations, must be a finite number >= 0, got {k}')
+
+
+def find_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Find the BN and psBN layers that have a gamma, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.weight is not None
+    }
+
+
+def trainable_shift(norm: _BatchNorm) -> nn.Parameter | None:
+    """The trained part of a layer's effective shift: ``beta`` of psBN, ``bias`` of BN."""
+    return norm.beta if isinstance(norm, PostShiftedBatchNorm) else norm.bias
+
+
+def stage_of(name: str) -> str:
+    """The part of a network that a layer belongs to, from the layer's name.
+
+    Examples:
+        >>> stage_of('backbone.layer1.0.bn1'), stage_of('neck.fpn_convs.0.bn')
+        ('backbone.layer1', 'neck')
+    """
+    parts = name.split('.')[:-1]
+    if not parts:
+        return name
+    return '.'.join(parts[:2]) if parts[0] == 'backbone' else parts[0]
+
+
+@torch.no_grad()
+def census(
+    model: nn.Module,
+    *,
+    tau: float = 1e-3,
+    k: float = 3.0,
+    rectifiers: Mapping[str, str] | None = None,
+    trapped: Mapping[str, np.ndarray] | None = None,
+) -> Census:
+    """Count the collapsed filters of a network.
+
+    Args:
+        model (nn.Module): Any network; its BN and psBN layers with a gamma are looked at.
+        tau (float): Largest ``|gamma|`` of a vanished filter. Defaults to 1e-3: with inputs of
+            unit variance the response is then below what float16 resolves beside a shift of 1.
+        k (float): A filter is dead if its rectifier opens only beyond k standard deviations.
+            Defaults to 3, the paper's three-sigma argument: 0.135 % of the inputs.
+        rectifiers (Mapping[str, str], optional): What follows each layer, from
+            :func:`.trace_rectifiers`. Layers not in it are judged as vanished and trapped only.
+            Defaults to None.
+        trapped (Mapping[str, np.ndarray], optional): Trapped channels by layer, from
+            :class:`.GradientWatch`; layers not in it were not observed. Defaults to None.
+
+    Returns:
+        Census: With one entry per layer.
+
+    Raises:
+        ValueError: If ``tau`` or ``k`` is out of range.
+
+    Examples:
+        >>> from torch import nn
+        >>> from psbn_mmdet.collapse import census
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> nn.init.zeros_(model[1].weight[:2]).shape
+        torch.Size([2])
+        >>> census(model).count('vanished')
+        2
+    """
+    check_thresholds(tau, k)
+    norms = find_norms(model)
+    sizes = [norm.num_features for norm in norms.values()]
+    gammas = _split(_to_numpy(norm.weight for norm in norms.values()), sizes)
+    shifts = _split(
+        _to_numpy(
+            torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+            for norm in norms.values()
+        ),
+        sizes,
+    )
+    layers = []
+    for (name, norm), gamma, shift in zip(norms.items(), gammas, shifts):
+        rectifier = (rectifiers or {}).get(name)
+        rectified = rectifier in ('relu', 'leaky_relu')
+        frozen = not any(
+            p is not None and p.requires_grad for p in (norm.weight, trainable_shift(norm))
+        )
+        layers.append(
+            LayerCensus(
+                name=name,
+                norm='psBN' if isinstance(norm, PostShiftedBatchNorm) else 'BN',
+                gamma=gamma,
+                shift=shift,
+                frozen=frozen,
+                rectifier=rectifier,
+                vanished=np.abs(gamma) <= tau,
+                dead=shift + k * np.abs(gamma) <= 0 if rectified else None,
+                trapped=None if frozen else (trapped or {}).get(name),
+            )
+        )
+    return Census(layers, tau, k)
+
+
+def _to_numpy(tensors: Iterable[torch.Tensor]) -> np.ndarray:
+    """All values in float32 behind one another: one copy from each device, not one per layer."""
+    tensors = [t.detach().float() for t in tensors]
+    if not tensors:
+        return np.empty(0, np.float32)
+    if len({t.device for t in tensors}) > 1:
+        tensors = [t.cpu() for t in tensors]
+    return torch.cat(tensors).cpu().numpy()
+
+
+def _split(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
+
+
+def _union(*masks: np.ndarray | None) -> np.ndarray:
+    return np.logical_or.reduce([mask for mask in masks if mask is not None])

@@ -1,0 +1,78 @@
+"""Whether weight decay, which psBN recovers by, reaches the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from ..collapse.census import trainable_shift
+from ..layers import PostShiftedBatchNorm
+
+
+def weight_decay_warning(
+    norms: Mapping[str, _BatchNorm],
+    optimizers: Sequence[Optimizer],
+    optim_wrapper_cfg: Mapping[str, Any],
+) -> str | None:
+    """Say which psBN layers cannot recover, since gamma and beta are not decayed.
+
+    The loss has no gradient in a collapsed filter; only weight decay moves its gamma and beta to
+    zero, where the shift opens the rectifier (arXiv 2001.11216, section 4).
+
+    Args:
+        norms (Mapping[str, nn.Module]): BN and psBN layers by name; BN and frozen ones are
+            passed over.
+        optimizers (Sequence[Optimizer]): All optimisers of the training.
+        optim_wrapper_cfg (Mapping): The config's ``optim_wrapper``, to name the setting.
+
+    Returns:
+        str, optional: One sentence, None if all is well.
+    """
+    decay_of = {
+        param: group.get('weight_decay', 0)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for param in group['params']
+    }
+    trained = {
+        name: [p for p in (norm.weight, trainable_shift(norm)) if p is not None and p.requires_grad]
+        for name, norm in norms.items()
+        if isinstance(norm, PostShiftedBatchNorm)
+    }
+    trained = {name: params for name, params in trained.items() if params}
+    without = [n for n, params in trained.items() if any(not decay_of.get(p) for p in params)]
+    if not without:
+        return None
+    if not any(p in decay_of for name in without for p in trained[name]):
+        cause = 'no optimiser has them'
+    elif not any(optimizer.defaults.get('weight_decay') for optimizer in optimizers):
+        cause = 'the cause is optim_wrapper.optimizer.weight_decay=0'
+    else:
+        settings = _settings(optim_wrapper_cfg) or ["the optimiser's parameter groups"]
+        cause = f'the cause is {" and ".join(settings)}'
+    return (
+        f'Weight decay does not reach gamma and beta of {len(without)} of {len(trained)} psBN '
+        f'layers, such as {without[0]} ({cause}): psBN recovers by weight decay and can revive '
+        'no filter there. Give gamma and beta a weight decay > 0.'
+    )
+
+
+def _settings(cfg: Mapping[str, Any]) -> list[str]:
+    """The settings of an ``optim_wrapper`` that may take weight decay from norm layers."""
+    paramwise = cfg.get('paramwise_cfg') or {}
+    found = [
+        f'optim_wrapper.paramwise_cfg.{name}=0'
+        for name in ('norm_decay_mult', 'flat_decay_mult')
+        if paramwise.get(name, 1) == 0
+    ]
+    found += [
+        f"optim_wrapper.paramwise_cfg.custom_keys['{key}'].decay_mult=0"
+        for key, value in (paramwise.get('custom_keys') or {}).items()
+        if value.get('decay_mult', 1) == 0
+    ]
+    if not found and cfg.get('constructor'):
+        found = [f'optim_wrapper.constructor={cfg["constructor"]}']
+    return found

@@ -1,0 +1,255 @@
+"""Post-shifted batch normalisation (psBN).
+
+Batch normalisation computes ``y = gamma * xhat + beta``. psBN adds a fixed constant
+``alpha > 0``, here called *shift*, after it (arXiv 2001.11216, section 4)::
+
+    y = gamma * xhat + beta + alpha,        b = beta + alpha  (the effective shift)
+
+A filter whose gamma and beta are decayed to zero then outputs ``alpha > 0``: the rectifier
+behind it opens and the filter trains again, where plain BN would stay at zero for ever.
+
+How it is built: the trainable shift is the parameter ``beta``, the constant is the buffer
+``shift``, and ``bias`` is a read-only property that returns their sum. ``forward`` is inherited
+from torch unchanged, so psBN costs C additions more than BN, and whatever reads ``bias`` from a
+BN (fusing, exporting, freezing) sees the effective shift and stays exact.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def check_shift(shift: float) -> float:
+    """Check the constant alpha of psBN.
+
+    Args:
+        shift (float): The constant added after BN.
+
+    Returns:
+        float: The same value.
+
+    Raises:
+        ValueError: If ``shift`` is not a finite number > 0.
+    """
+    is_number = isinstance(shift, (int, float)) and not isinstance(shift, bool)
+    if not is_number or not math.isfinite(shift) or shift <= 0:
+        raise ValueError(f'psBN: shift must be a finite number > 0, got {shift!r}')
+    return float(shift)
+
+
+class PostShiftedBatchNorm(_BatchNorm):
+    """Base class of the psBN layers; it is to them what torch's ``_BatchNorm`` is to BN.
+
+    State dicts hold ``weight``, ``beta``, ``shift`` and the running statistics. Loading keeps the
+    function of what is loaded: a BN state dict (key ``bias``) gives ``beta = bias - shift``, one
+    of psBN with another shift ``beta = b - shift``, ``b`` being its effective shift.
+
+    With ``affine=False``, or torch's newer ``bias=False``, there is no ``beta`` and the shift
+    alone remains.
+
+    Args:
+        num_features (int): Number of channels C.
+        eps (float): Added to the variance. Defaults to 1e-5.
+        momentum (float, optional): Momentum of the running statistics, None for a cumulative
+            average. Defaults to 0.1.
+        affine (bool): Whether gamma and beta are trained. Defaults to True.
+        track_running_stats (bool): Whether running statistics are kept. Defaults to True.
+        device (torch.device, optional): Device of the parameters. Defaults to None.
+        dtype (torch.dtype, optional): Type of the parameters. Defaults to None.
+        bias (bool): Whether beta is trained. Defaults to True.
+        shift (float): The constant alpha, a finite number > 0. Defaults to 0.1.
+
+    Raises:
+        ValueError: If ``shift`` is not a finite number > 0.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        shift: float = 0.1,
+    ) -> None:
+        shift = check_shift(shift)
+        super().__init__(num_features, eps, momentum, False, track_running_stats, device, dtype)
+        del self._parameters['bias']
+        self.shift_value = shift
+        self.shift: Tensor
+        self.register_buffer('shift', torch.empty((), device=device, dtype=dtype))
+        if affine:
+            self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.beta: nn.Parameter | None
+        if affine and bias:
+            self.beta = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter('beta', None)
+        # Code that copies a BN skips `bias` where `affine` is False. The shift is there with and
+        # without trained parameters, so such code must look: it then copies it or fails.
+        self.affine = True
+        self.reset_parameters()
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        """Effective shift b = beta + alpha, shape (C,). Read-only: write to ``beta``."""
+        if self.beta is None:
+            return self.shift.repeat(self.num_features)
+        return self.beta + self.shift
+
+    def reset_parameters(self) -> None:
+        """Set gamma to 1, beta to 0, the running statistics and the shift to their start."""
+        self.reset_running_stats()
+        if 'shift' not in self._buffers:  # called by the base class, before they exist
+            return
+        nn.init.constant_(self.shift, self.shift_value)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.beta is not None:
+            nn.init.zeros_(self.beta)
+
+    def extra_repr(self) -> str:
+        """The layer's settings, for its ``repr``."""
+        return (
+            f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, '
+            f'affine={self.weight is not None}, bias={self.beta is not None}, '
+            f'track_running_stats={self.track_running_stats}, shift={self.shift_value:g}'
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list,
+        unexpected_keys: list,
+        error_msgs: list,
+    ) -> None:
+        # BN and psBN are told apart by their keys: not every loader hands on the version.
+        state_dict = dict(state_dict)
+        beta, bias, shift = (state_dict.get(prefix + key) for key in ('beta', 'bias', 'shift'))
+        own = float(torch.tensor(self.shift_value))  # as a float32, like the one in the file
+        other = own if shift is None else float(shift)
+        if self.beta is None:
+            if other != own:
+                error_msgs.append(
+                    f'{prefix}shift is {other:g} in the state dict and {own:g} in this layer, '
+                    f'which has no beta to make up for it: build the layer with shift={other:g}'
+                )
+        elif (beta is None and bias is not None) or (beta is not None and other != own):
+            if beta is None:
+                source = state_dict.pop(prefix + 'bias')
+                effective = _at_least_float32(source)
+            else:
+                source = beta
+                effective = _at_least_float32(beta) + other
+            new_beta = effective - own
+            if local_metadata.get('assign_to_params_buffers', False):
+                new_beta = new_beta.to(source.dtype)
+            state_dict[prefix + 'beta'] = new_beta
+            state_dict[prefix + 'shift'] = new_beta.new_tensor(own)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# `_BatchNorm` stands among the bases of each class since MMEngine's weight initialisation looks
+# at direct bases only (`init_cfg=dict(type='Constant', layer='_BatchNorm')`).
+
+
+@MODELS.register_module('psBN1d')
+class PostShiftedBatchNorm1d(PostShiftedBatchNorm, nn.BatchNorm1d, _BatchNorm):
+    """psBN over a 2D or 3D input: y = gamma * xhat + beta + shift.
+
+    Arguments are those of :class:`PostShiftedBatchNorm`; input and output have the shape (N, C)
+    or (N, C, L).
+    """
+
+
+@MODELS.register_module(['psBN', 'psBN2d'])
+class PostShiftedBatchNorm2d(PostShiftedBatchNorm, nn.BatchNorm2d, _BatchNorm):
+    """psBN over a 4D input: y = gamma * xhat + beta + shift.
+
+    Arguments are those of :class:`PostShiftedBatchNorm`; input and output have the shape
+    (N, C, H, W).
+
+    Examples:
+        >>> import torch
+        >>> from psbn_mmdet.layers import PostShiftedBatchNorm2d
+        >>> norm = PostShiftedBatchNorm2d(8, shift=0.1)
+        >>> torch.nn.init.zeros_(norm.weight)  # a collapsed filter ...
+        >>> norm(torch.randn(2, 8, 4, 4)).mean()  # ... outputs 0.1: its ReLU is open
+    """
+
+
+@MODELS.register_module('psBN3d')
+class PostShiftedBatchNorm3d(PostShiftedBatchNorm, nn.BatchNorm3d, _BatchNorm):
+    """psBN over a 5D input: y = gamma * xhat + beta + shift.
+
+    Arguments are those of :class:`PostShiftedBatchNorm`; input and output have the shape
+    (N, C, D, H, W).
+    """
+
+
+@MODELS.register_module('psSyncBN')
+class PostShiftedSyncBatchNorm(PostShiftedBatchNorm, _BatchNorm):
+    """psBN with statistics over all processes: y = gamma * xhat + beta + shift.
+
+    In a single process it is psBN over an input of any shape (N, C, ...). With several processes
+    it needs accelerators, as ``torch.nn.SyncBatchNorm`` does, whose ``forward`` it uses.
+
+    It does not inherit from ``torch.nn.SyncBatchNorm``: MMEngine replaces whatever does, in every
+    run of one process, by a BN without the shift, or tries to and logs a failure per layer.
+
+    Args:
+        process_group (optional): The processes to synchronise, None for all of them. Stands
+            before ``device`` as in torch. Defaults to None.
+
+    The other arguments are those of :class:`PostShiftedBatchNorm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        shift: float = 0.1,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            shift=shift,
+        )
+        self.process_group = process_group
+
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+    forward = nn.SyncBatchNorm.forward

@@ -1,0 +1,111 @@
+"""The census of a network."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mmdet.models.backbones import ResNet
+from torch import nn
+
+from psbn_mmdet.collapse import census, stage_of
+from psbn_mmdet.layers import PostShiftedBatchNorm2d, bn_to_psbn
+
+
+def test_vanished_dead_trapped_and_their_union():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
+    model[1].weight.data = torch.tensor([1e-3, 1.1e-3, 0.5, -0.2, 1.0])
+    model[1].bias.data = torch.tensor([0.5, 0.5, -2.0, -0.6, 0.0])
+    trapped = np.array([False, False, False, False, True])
+    found = census(model, rectifiers={'1': 'relu'}, trapped={'1': trapped})
+    layer = found['1']
+    assert layer.vanished.tolist() == [True, False, False, False, False]
+    assert layer.dead.tolist() == [False, False, True, True, False]  # -0.6 + 3 * 0.2 = 0
+    assert layer.collapsed.tolist() == [True, False, True, True, True]
+    assert [found.count(k) for k in ('vanished', 'dead', 'trapped', 'collapsed')] == [1, 2, 1, 4]
+    assert census(model, k=2, rectifiers={'1': 'relu'}).count('dead') == 2
+    assert census(model, tau=0.6).count('vanished') == 4
+
+
+def test_psbn_is_judged_by_its_effective_shift():
+    model = nn.Sequential(PostShiftedBatchNorm2d(2, shift=0.3))
+    model[0].weight.data.zero_()
+    model[0].beta.data = torch.tensor([-0.2, -0.4])
+    layer = census(model, rectifiers={'0': 'relu'}).layers[0]
+    assert layer.norm == 'psBN'
+    assert np.allclose(layer.shift, [0.1, -0.1])
+    assert layer.dead.tolist() == [False, True]
+    assert layer.vanished.all()  # constant, but alive: told apart by `dead`
+
+
+def test_what_is_not_known_is_none_and_not_0():
+    found = census(nn.Sequential(nn.BatchNorm2d(4)))
+    assert found.count('dead') is None and found.count('trapped') is None
+    assert found.count('vanished') == found.count('collapsed') == 0
+    assert census(nn.Sequential(nn.ReLU())).count('collapsed') is None
+
+
+def test_frozen_layers_are_counted_apart_and_never_trapped():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(6))
+    model[0].requires_grad_(False)
+    masks = {'0': np.ones(4, bool), '1': np.ones(6, bool)}
+    found = census(model, trapped=masks)
+    assert (found.frozen, found.channels, found.count('trapped')) == (4, 10, 6)
+    assert found['0'].trapped is None
+
+
+@pytest.mark.parametrize('kwargs', [dict(affine=False), dict(track_running_stats=False)])
+def test_layers_without_gamma_or_statistics_do_no_harm(kwargs):
+    model = nn.Sequential(nn.BatchNorm1d(4, **kwargs), nn.InstanceNorm2d(4, affine=True))
+    assert len(census(model).layers) == ('track_running_stats' in kwargs)
+
+
+def test_counts_are_the_same_for_bn_and_its_conversion():
+    model = ResNet(18, base_channels=8)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight, std=0.01)
+    before = census(model, tau=0.005)
+    after = census(bn_to_psbn(model), tau=0.005)
+    assert {layer.norm for layer in after.layers} == {'psBN'}
+    assert before.count('vanished') == after.count('vanished') > 0
+
+
+@pytest.mark.parametrize(('tau', 'k'), [(-1e-3, 3), (1, 3), (1e-3, -1), (1e-3, float('nan'))])
+def test_thresholds_out_of_range_are_refused(tau, k):
+    bad = tau if not 0 <= tau < 1 else k
+    with pytest.raises(ValueError, match=str(bad)):
+        census(nn.BatchNorm2d(4), tau=tau, k=k)
+
+
+@pytest.mark.parametrize(
+    ('name', 'stage'),
+    [
+        ('backbone.layer1.0.bn1', 'backbone.layer1'),
+        ('backbone.bn1', 'backbone'),
+        ('neck.fpn_convs.0.bn', 'neck'),
+        ('roi_head.bbox_head.shared_convs.0.bn', 'roi_head'),
+        ('layer4.2.downsample.1', 'layer4'),
+        ('bn', 'bn'),
+    ],
+)
+def test_stages(name, stage):
+    assert stage_of(name) == stage
+
+
+def test_stages_partition_the_network():
+    found = census(ResNet(18, base_channels=8))
+    stages = found.stages()
+    assert list(stages) == ['bn1', 'layer1', 'layer2', 'layer3', 'layer4']
+    assert sum(stage.channels for stage in stages.values()) == found.channels
+
+
+def test_the_census_needs_no_mmdetection():
+    code = (
+        'import sys; sys.modules["mmdet"] = sys.modules["mmcv"] = None\n'
+        'from torch import nn; from psbn_mmdet.collapse import census\n'
+        'print(census(nn.Sequential(nn.BatchNorm2d(4))).channels)'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout.strip() == '4', result.stderr

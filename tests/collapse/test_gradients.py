@@ -1,0 +1,179 @@
+"""Which filters get no gradient, read before the optimiser's step."""
+
+import pytest
+import torch
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from psbn_mmdet.collapse import GradientWatch, find_norms
+from psbn_mmdet.layers import PostShiftedBatchNorm2d
+
+TRAPPED = [1, 4]
+
+
+def network(norm=nn.BatchNorm2d) -> nn.Sequential:
+    """Two blocks; channels 1 and 4 of the first are shut."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), norm(6), nn.ReLU(), nn.Conv2d(6, 4, 3), norm(4), nn.ReLU()
+    )
+    with torch.no_grad():
+        model[1].weight[TRAPPED] = 0.01
+        (model[1].bias if norm is nn.BatchNorm2d else model[1].beta)[TRAPPED] = -1.0
+    return model
+
+
+def images(seed: int = 0) -> torch.Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def trapped_channels(watch: GradientWatch) -> dict:
+    return {name: mask.nonzero()[0].tolist() for name, mask in watch.trapped().items()}
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, PostShiftedBatchNorm2d])
+@pytest.mark.parametrize('optimizer', [SGD, AdamW])
+def test_finds_the_shut_channels_and_no_others(norm, optimizer):
+    model = network(norm)
+    optimizer = optimizer(model.parameters(), lr=1e-3, weight_decay=0.1)
+    watch = GradientWatch([optimizer], find_norms(model))
+    for step in range(3):
+        optimizer.zero_grad()
+        model(images(step)).sum().backward()
+        optimizer.step()
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+    assert watch.steps == 3
+
+
+def test_a_window_without_a_step_is_not_observed():
+    model = network()
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    watch = GradientWatch([optimizer], find_norms(model))
+    model(images()).sum().backward()
+    assert watch.trapped() == {} and watch.steps == 0
+    optimizer.step()
+    assert watch.trapped() and watch.steps == 1
+    watch.reset()
+    assert watch.trapped() == {} and watch.steps == 0
+    watch.active = False
+    optimizer.step()
+    assert watch.trapped() == {}
+
+
+def test_one_step_with_gradient_is_enough():
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0)
+    watch = GradientWatch([optimizer], find_norms(model))
+    for step in range(4):
+        optimizer.zero_grad()
+        model(images(step)).sum().backward()
+        if step != 2:  # the other steps have no positive sample, say
+            for p in model.parameters():
+                p.grad.zero_()
+        optimizer.step()
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+
+
+def test_layers_outside_the_graph_are_not_observed():
+    model = nn.ModuleDict(dict(used=network(), unused=nn.BatchNorm2d(4)))
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    watch = GradientWatch([optimizer], find_norms(model))
+    for step in range(2):
+        optimizer.zero_grad()
+        if step == 0:
+            model['used'](images()).sum().backward()
+        optimizer.step()
+    assert trapped_channels(watch) == {'used.1': TRAPPED, 'used.4': []}
+
+
+def test_frozen_layers_are_not_observed_and_partly_frozen_ones_are():
+    model = network()
+    model[4].requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    watch = GradientWatch([optimizer], find_norms(model))
+    model(images()).sum().backward()
+    optimizer.step()
+    assert trapped_channels(watch) == {'1': TRAPPED}
+
+
+def test_gradient_accumulation_is_seen_as_one_step():
+    model = network()
+    wrapper = OptimWrapper(SGD(model.parameters(), lr=1e-3), accumulative_counts=4)
+    watch = GradientWatch([wrapper.optimizer], find_norms(model))
+    wrapper.initialize_count_status(model, 0, 8)
+    for step in range(3):
+        wrapper.update_params(model(images(step)).sum())
+    assert watch.trapped() == {}
+    for step in range(3, 8):
+        wrapper.update_params(model(images(step)).sum())
+    assert watch.steps == 2
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+
+
+def test_clipping_to_a_tiny_norm_traps_nothing():
+    model = network()
+    wrapper = OptimWrapper(SGD(model.parameters(), lr=1e-3), clip_grad=dict(max_norm=1e-6))
+    watch = GradientWatch([wrapper.optimizer], find_norms(model))
+    wrapper.update_params(model(images()).sum())
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_loss_scaling_and_skipped_steps(fused):
+    model = network()
+    optimizer = SGD(model.parameters(), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
+    watch = GradientWatch([optimizer], find_norms(model))
+
+    def step(factor):  # what AmpOptimWrapper does, which needs an accelerator
+        optimizer.zero_grad()
+        scaler.scale(model(images()).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    before = model[0].weight.detach().clone()
+    step(float('inf'))  # infinite gradients: the step is skipped
+    assert torch.equal(model[0].weight, before)
+    assert watch.trapped() == {} and watch.steps == 0
+    step(1)
+    assert not torch.equal(model[0].weight, before)
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+    assert watch.steps == 1
+
+
+def test_several_optimisers_are_watched_each_by_its_own_steps():
+    model = network()
+    wrappers = OptimWrapperDict(
+        first=OptimWrapper(SGD(model[:3].parameters(), lr=1e-3)),
+        second=OptimWrapper(AdamW(model[3:].parameters(), lr=1e-3)),
+    )
+    watch = GradientWatch([w.optimizer for w in wrappers.values()], find_norms(model))
+    model(images()).sum().backward()
+    wrappers['second'].step()
+    assert trapped_channels(watch) == {'4': []}
+    wrappers['first'].step()
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+
+
+def test_gamma_and_beta_in_different_optimisers():
+    model = network()
+    gammas = [model[1].weight, model[4].weight]
+    rest = [p for p in model.parameters() if all(p is not g for g in gammas)]
+    optimizers = [SGD(gammas, lr=0.1), SGD(rest, lr=0.1)]
+    watch = GradientWatch(optimizers, find_norms(model))
+    model(images()).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+
+
+def test_close_detaches():
+    model = network()
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    watch = GradientWatch([optimizer], find_norms(model))
+    watch.close()
+    model(images()).sum().backward()
+    optimizer.step()
+    assert watch.steps == 0 and not optimizer._optimizer_step_pre_hooks

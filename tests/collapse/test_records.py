@@ -1,0 +1,102 @@
+"""The record file."""
+
+import json
+
+import numpy as np
+import pytest
+
+from psbn_mmdet.collapse import RecordWriter, format_ranges, parse_ranges, read_records
+
+HEADER = dict(layers=[dict(name='bn', channels=8)], tau=1e-3)
+
+
+def report(iteration: int, channels: str = '', count: int = 0) -> dict:
+    return dict(
+        iter=iteration,
+        total=dict(collapsed=count, trapped=None),
+        channels=dict(collapsed={'0': channels} if channels else {}),
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / 'run' / 'collapse.jsonl'
+    writer = RecordWriter(path, HEADER)
+    for iteration in (50, 100, 150):
+        writer.append(report(iteration, '1-3', 3))
+    return path
+
+
+@pytest.mark.parametrize(
+    ('ranges', 'channels'), [('', []), ('0', [0]), ('0-2,5', [0, 1, 2, 5]), ('7', [7])]
+)
+def test_ranges_round_trip(ranges, channels):
+    mask = np.zeros(8, bool)
+    mask[channels] = True
+    assert format_ranges(mask) == ranges
+    assert (parse_ranges(ranges, 8) == mask).all()
+
+
+def test_ranges_round_trip_on_random_masks():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        mask = rng.random(64) < rng.random()
+        assert (parse_ranges(format_ranges(mask), 64) == mask).all()
+
+
+def test_what_is_written_is_read(path):
+    records = read_records(path)
+    assert records.header['layers'] == HEADER['layers']
+    assert [r['iter'] for r in records.reports] == [50, 100, 150]
+    assert records.series('collapsed') == ([50, 100, 150], [3, 3, 3])
+    assert np.isnan(records.series('trapped')[1]).all()
+    mask = records.mask(records.reports[0], 'collapsed', 0)
+    assert mask.nonzero()[0].tolist() == [1, 2, 3]
+
+
+def test_each_line_is_on_disk_at_once(path):
+    assert len(path.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize('cut', [1, 5, 40])
+def test_a_torn_last_line_is_passed_over(path, cut):
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [r['iter'] for r in read_records(path).reports] == [50, 100]
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda line: line[:20],
+        lambda line: b'',
+        lambda line: b'\x00' * 10,
+        lambda line: b'\xff\xfe',
+        lambda line: b'{}',
+        lambda line: b'[1]',
+        lambda line: b'{"iter": 1, "total": {}}',
+    ],
+)
+@pytest.mark.parametrize('number', [1, 2, 4])
+def test_other_damage_is_rejected_with_the_line_number(path, damage, number):
+    lines = path.read_bytes().split(b'\n')
+    lines[number - 1] = damage(lines[number - 1])
+    path.write_bytes(b'\n'.join(lines))
+    with pytest.raises(ValueError, match=f'line {number} is damaged'):
+        read_records(path)
+
+
+def test_another_format_and_an_empty_file_are_rejected(path):
+    path.write_text(json.dumps(dict(format=99)) + '\n')
+    with pytest.raises(ValueError, match='format 99'):
+        read_records(path)
+    path.write_text('')
+    with pytest.raises(ValueError, match='no header'):
+        read_records(path)
+
+
+def test_a_continued_record_has_the_earlier_reports(path, tmp_path):
+    earlier = read_records(path).reports[:2]
+    writer = RecordWriter(tmp_path / 'next' / 'collapse.jsonl', HEADER, earlier)
+    writer.append(report(120))
+    assert [r['iter'] for r in read_records(writer.path).reports] == [50, 100, 120]
+    assert [p.name for p in writer.path.parent.iterdir()] == ['collapse.jsonl']
