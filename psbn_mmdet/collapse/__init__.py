@@ -2,6 +2,7 @@
 
 from .census import KINDS, Census, LayerCensus, census, check_thresholds, find_norms, stage_of
 from .gradients import GradientWatch
+from .leak import leak_share
 from .records import Records, RecordWriter, format_ranges, parse_ranges, read_records
 from .rectifiers import ForwardTrace, RectifierTrace, trace_rectifiers
 
@@ -18,6 +19,7 @@ __all__ = [
     'check_thresholds',
     'find_norms',
     'format_ranges',
+    'leak_share',
     'parse_ranges',
     'read_records',
     'stage_of',

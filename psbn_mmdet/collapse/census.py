@@ -176,7 +176,7 @@ def census(
         tau (float): Largest ``|gamma|`` of a vanished filter. Defaults to 1e-3: with inputs of
             unit variance the response is then below what float16 resolves beside a shift of 1.
         k (float): A filter is dead if its rectifier opens only beyond k standard deviations.
-            Defaults to 3, the paper's three-sigma argument: 0.135 % of the inputs.
+            Defaults to 3: 0.135 % of inputs with a normal distribution.
         rectifiers (Mapping[str, str], optional): What follows each layer, from
             :func:`.trace_rectifiers`. Layers not in it are judged as vanished and trapped only.
             Defaults to None.

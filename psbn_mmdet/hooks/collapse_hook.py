@@ -49,7 +49,9 @@ class CollapseHook(Hook):
     Every ``interval`` iterations the counts go to the message hub as ``train/collapse/...``, so
     that the text log, the JSON log and every visualizer backend have them. With the channels'
     numbers they go to ``<work_dir>/<timestamp>/collapse.jsonl``, which a resumed run continues in
-    its own folder. After each epoch a table by stage is logged.
+    its own folder. After each epoch a table by stage is logged, and TensorBoard, where it is among
+    the visualizer's backends, gets each stage's number of collapsed filters and the histograms of
+    its gammas and effective shifts.
 
     What *vanished*, *dead*, *trapped* and *collapsed* mean is said in
     :mod:`psbn_mmdet.collapse.census`. *New* and *revived* filters have become or ceased to be
@@ -115,9 +117,8 @@ class CollapseHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Refuse what psBN or the counting cannot work with, before time is spent on it."""
         modules = list(runner.model.modules())
-        if any(
-            'FullyShardedDataParallel' in cls.__name__ for m in modules for cls in type(m).__mro__
-        ):
+        bases = {base.__name__ for module in modules for base in type(module).__mro__}
+        if bases & {'FullyShardedDataParallel', 'FSDPModule'}:
             raise RuntimeError(
                 'CollapseHook: FSDP hides the gradients of single channels: train with '
                 'MMDistributedDataParallel, or remove the hook'
@@ -186,10 +187,21 @@ class CollapseHook(Hook):
             self._watch.reset()
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Log the table by stage."""
-        if self._watch is not None:
-            runner.logger.info(self._epoch.render(runner.iter, self._census({})))
-            self._epoch = _EpochTable()
+        """Log the table by stage, and draw curves and histograms in TensorBoard."""
+        if self._watch is None:
+            return
+        now = self._census({})
+        runner.logger.info(self._epoch.render(runner.iter, now))
+        self._epoch = _EpochTable()
+        backend = runner.visualizer.get_backend('TensorboardVisBackend')
+        if backend is not None:
+            for stage, part in now.stages().items():
+                names = [layer.name for layer in part.layers]
+                collapsed = sum(int(self._collapsed[name].sum()) for name in names)
+                backend.add_scalar(f'collapsed/{stage}', collapsed, runner.iter)
+                for what in ('gamma', 'shift'):
+                    values = np.concatenate([getattr(layer, what) for layer in part.layers])
+                    backend.experiment.add_histogram(f'{what}/{stage}', values, runner.iter)
 
     def after_train(self, runner: Runner) -> None:
         """Detach from the optimisers."""

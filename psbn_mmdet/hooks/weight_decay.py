@@ -20,7 +20,7 @@ def weight_decay_warning(
     """Say which psBN layers cannot recover, since gamma and beta are not decayed.
 
     The loss has no gradient in a collapsed filter; only weight decay moves its gamma and beta to
-    zero, where the shift opens the rectifier (arXiv 2001.11216, section 4).
+    zero, where the shift opens the rectifier (arXiv 2001.11216).
 
     Args:
         norms (Mapping[str, nn.Module]): BN and psBN layers by name; BN and frozen ones are

@@ -1,7 +1,7 @@
 """Post-shifted batch normalisation (psBN).
 
 Batch normalisation computes ``y = gamma * xhat + beta``. psBN adds a fixed constant
-``alpha > 0``, here called *shift*, after it (arXiv 2001.11216, section 4)::
+``alpha > 0``, here called *shift*, after it (arXiv 2001.11216)::
 
     y = gamma * xhat + beta + alpha,        b = beta + alpha  (the effective shift)
 

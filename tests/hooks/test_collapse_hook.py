@@ -398,6 +398,21 @@ def test_efficient_conv_bn_eval_is_refused_with_psbn(tmp_path):
         run(tmp_path, Classifier(PostShiftedBatchNorm2d), cfg=cfg)
 
 
+def test_fsdp_is_refused(tmp_path):
+    fsdp = pytest.importorskip('torch.distributed.fsdp')
+    if not hasattr(fsdp, 'fully_shard'):
+        pytest.skip('this torch has no fully_shard')
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh('cpu', (1,))
+        model = fsdp.fully_shard(Classifier(), mesh=mesh)
+        with pytest.raises(RuntimeError, match='FSDP hides the gradients'):
+            run(tmp_path, model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # Without an effect on the training
 
 
@@ -420,3 +435,22 @@ def test_a_compiled_model_is_counted_like_any(tmp_path):
     records = records_of(run(tmp_path, Classifier(), epochs=1, cfg=cfg))
     assert [layer['rectifier'] for layer in records.header['layers']] == ['relu', 'relu']
     assert channels_of(records, records.reports[-1], 'trapped') == KILLED
+
+
+def test_tensorboard_has_curves_and_histograms_by_stage(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    visualizer = dict(type='Visualizer', vis_backends=[dict(type='TensorboardVisBackend')])
+    runner = run(tmp_path, Classifier(PostShiftedBatchNorm2d), visualizer=visualizer)
+    (path,) = Path(runner.log_dir).glob('vis_data/events.*')
+    events = EventAccumulator(str(path), size_guidance=dict(histograms=0, scalars=0)).Reload()
+    for stage, collapsed in (('stem', 3), ('head', 1)):
+        points = events.Scalars(f'collapsed/{stage}')
+        assert [(point.step, point.value) for point in points] == [(12, collapsed), (24, collapsed)]
+        (_, last) = events.Histograms(f'shift/{stage}')
+        assert last.step == 24 and last.histogram_value.num == 8
+        assert last.histogram_value.min == pytest.approx(-0.9, abs=0.01)  # beta -1, shift 0.1
+        (_, last) = events.Histograms(f'gamma/{stage}')
+        assert last.histogram_value.min == pytest.approx(0.01, abs=0.01)
+    assert [point.value for point in events.Scalars('collapse/trapped')] == [4] * 6

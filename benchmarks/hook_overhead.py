@@ -1,0 +1,216 @@
+"""What watching costs: training steps with and without the CollapseHook, side by side.
+
+Steps of one detector alternate in one process: with the hook, without, with, ... Each pair gives
+a ratio. Their median says little where a step's own noise is larger than the hook's cost, so the
+time spent inside the hook is taken as well, and given as a share of the step. Then the time of a
+report against the number of channels, which must grow linearly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from psbn_mmdet.collapse import GradientWatch, census, find_norms  # noqa: E402
+from psbn_mmdet.hooks import CollapseHook  # noqa: E402
+
+DETECTORS = {
+    'demo': ('demo/faster-rcnn_r18_fpn_psbn_demo.py', (128, 128)),
+    'faster-rcnn_r50': ('configs/psbn/faster-rcnn_r50_fpn_psbn_1x_coco.py', (512, 320)),
+}
+
+
+def now(device: torch.device) -> float:
+    """Seconds, with all work on the device done."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    quartiles = np.percentile(values, [25, 50, 75])
+    return dict(zip(('q25', 'median', 'q75'), map(float, quartiles)))
+
+
+def build_runner(path: str, scale: tuple[int, int], data_root: str, work_dir: str) -> Runner:
+    """A Runner of a config of this repository on the drawn data, ready to make steps."""
+    cfg = Config.fromfile(ROOT / path)
+    cfg.work_dir = work_dir
+    cfg.model.backbone.init_cfg = None
+    cfg.custom_hooks = []
+    cfg.log_level = 'ERROR'
+    cfg.visualizer.name = Path(work_dir).name  # MMEngine keeps visualizers by name
+    classes = ('disc', 'square', 'triangle', 'cross')
+    for loader, split in (('train', 'train'), ('val', 'val'), ('test', 'val')):
+        cfg[f'{loader}_dataloader'].update(num_workers=0, persistent_workers=False)
+        cfg[f'{loader}_dataloader'].dataset.update(
+            data_root=data_root,
+            ann_file=f'annotations/{split}.json',
+            data_prefix=dict(img=f'{split}/'),
+            metainfo=dict(classes=classes),
+        )
+    cfg.train_dataloader.dataset.pipeline[2].scale = scale
+    for evaluator in ('val_evaluator', 'test_evaluator'):
+        cfg[evaluator].ann_file = f'{data_root}annotations/val.json'
+    return Runner.from_cfg(cfg)
+
+
+def time_detector(name: str, steps: int, data_root: str) -> dict:
+    """Time pairs of steps of a detector, with and without the hook at its default settings."""
+    with tempfile.TemporaryDirectory() as work_dir:
+        runner = build_runner(*DETECTORS[name], data_root, work_dir)
+        runner._train_loop = runner.build_train_loop(runner._train_loop)
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner.optim_wrapper.initialize_count_status(runner.model, 0, 10**6)
+        runner.model.train()
+        batch = next(iter(runner.train_dataloader))
+        device = next(runner.model.parameters()).device
+
+        hook = CollapseHook()
+        hook.before_run(runner)
+        hook.before_train(runner)
+        inside = [0.0]
+
+        def timed(function):
+            def call(*args, **kwargs):
+                start = time.perf_counter()
+                result = function(*args, **kwargs)
+                inside[0] += time.perf_counter() - start
+                return result
+
+            return call
+
+        for group in hook._watch._groups:
+            group.observe = timed(group.observe)
+
+        def step(watched: bool) -> float:
+            start = now(device)
+            if watched:
+                timed(hook.before_train_iter)(runner, 0)
+            runner.model.train_step(batch, runner.optim_wrapper)
+            if watched:
+                timed(hook.after_train_iter)(runner, 0)
+                runner.train_loop._iter += 1
+            return now(device) - start
+
+        for _ in range(3):  # the first one finds the rectifiers, once in a run
+            step(watched=True)
+        ratios, plain, shares, reports = [], [], [], []
+        for pair in range(steps):
+            times = {}
+            for watched in (True, False) if pair % 2 else (False, True):
+                hook._watch.active = False
+                inside[0] = 0.0
+                times[watched] = step(watched)
+                if watched:
+                    spent = inside[0]
+            plain.append(times[False])
+            if runner.iter % hook.interval:
+                ratios.append(times[True] / times[False])
+                shares.append(spent / times[False])
+            else:
+                reports.append(spent)
+        for _ in range(20 - len(reports)):
+            runner.train_loop._iter = hook.interval - 1
+            start = now(device)
+            hook.after_train_iter(runner, 0)
+            reports.append(now(device) - start)
+        step_time = float(np.median(plain))
+        per_step = float(np.median(shares))
+        per_report = float(np.median(reports)) / hook.interval / step_time
+        hook.after_train(runner)
+        return {
+            'channels': sum(norm.num_features for norm in find_norms(runner.model).values()),
+            'step_ms': 1e3 * step_time,
+            'ratio': spread(ratios),
+            'inside_hook_per_step': per_step,
+            'report_ms': 1e3 * float(np.median(reports)),
+            'report_share': per_report,
+            'overhead': 1 + per_step + per_report,
+        }
+
+
+def time_growth(device: torch.device) -> list[dict]:
+    """Time of a step's reading and of a report's counting against the number of channels."""
+    rows = []
+    for channels in (1_000, 10_000, 100_000, 1_000_000):
+        layers = nn.ModuleList(nn.BatchNorm2d(500) for _ in range(channels // 500)).to(device)
+        for param in layers.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer = torch.optim.SGD(layers.parameters(), lr=0.0)
+        watch = GradientWatch([optimizer], find_norms(layers))
+        rectifiers = dict.fromkeys(find_norms(layers), 'relu')
+        observing, counting = [], []
+        for _ in range(7):
+            start = now(device)
+            for group in watch._groups:
+                group.observe(None)
+            middle = now(device)
+            census(layers, rectifiers=rectifiers, trapped=watch.trapped())
+            observing.append(middle - start)
+            counting.append(now(device) - middle)
+        rows.append(
+            {
+                'channels': channels,
+                'observe_ms': 1e3 * float(np.median(observing)),
+                'count_ms': 1e3 * float(np.median(counting)),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Time the detectors and the growth, print tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--data-root', default='data/demo/', help='made by demo/make_dataset.py')
+    parser.add_argument('--steps', type=int, default=60, help='pairs of steps per detector')
+    parser.add_argument(
+        '--out', help='JSON file, else benchmarks/results/hook_overhead_DEVICE.json'
+    )
+    args = parser.parse_args()
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    result = {
+        'device': torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine(),
+        'threads': torch.get_num_threads(),
+        'torch': torch.__version__,
+        'steps': args.steps,
+        'detectors': {},
+    }
+    for name in DETECTORS:
+        row = time_detector(name, args.steps, args.data_root.rstrip('/') + '/')
+        result['detectors'][name] = row
+        print(
+            f'{name}: {row["channels"]} channels, step {row["step_ms"]:.0f} ms, with/without '
+            f'{row["ratio"]["median"]:.4f} [{row["ratio"]["q25"]:.4f}, {row["ratio"]["q75"]:.4f}], '
+            f'inside the hook {100 * row["inside_hook_per_step"]:.3f} % of a step, report '
+            f'{row["report_ms"]:.1f} ms; in all {row["overhead"]:.5f}'
+        )
+    result['growth'] = time_growth(device)
+    for row in result['growth']:
+        print(
+            f'{row["channels"]:>9,} channels: {row["observe_ms"]:8.3f} ms to read a step, '
+            f'{row["count_ms"]:8.3f} ms to count'
+        )
+    out = Path(args.out or ROOT / f'benchmarks/results/hook_overhead_{device.type}.json')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + '\n')
+    print(f'written to {out}')
+
+
+if __name__ == '__main__':
+    main()
