@@ -1,0 +1,40 @@
+# make setup | demo | figures | test | lint | format | bench        [STACK=onedl|openmmlab] [ARGS='...']
+STACK ?= onedl
+VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo figures test lint format bench
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup:  ## create the virtual environment: torch, MMDetection, this package
+	@scripts/setup.sh $(STACK)
+
+setup-dev:
+	@scripts/setup.sh $(STACK) dev
+
+demo: setup  ## train a small psBN detector on drawn data, count collapse, plot it
+	@$(VENV)/bin/python scripts/demo.py $(ARGS)
+
+figures: setup  ## make the README's picture again, from two trainings
+	@$(VENV)/bin/python scripts/figures.py $(ARGS)
+
+test: setup-dev  ## run the test suite, e.g. ARGS='-k layers'
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: setup-dev  ## check style and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: setup-dev  ## mend what ruff can mend
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+bench: setup  ## measure what psBN and the hook cost, and the leak of LeakyReLU
+	@$(VENV)/bin/python benchmarks/layer_speed.py
+	@$(VENV)/bin/python demo/make_dataset.py data/demo
+	@$(VENV)/bin/python benchmarks/hook_overhead.py
+	@$(VENV)/bin/python benchmarks/leak_share.py

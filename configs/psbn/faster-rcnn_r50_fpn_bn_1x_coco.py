@@ -1,0 +1,1 @@
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', './_base_/collapse_hook.py']

@@ -1,0 +1,395 @@
+"""Checks before training or testing, for mistakes that would otherwise show late or never.
+
+Each raises :class:`PreflightError` with one sentence that names the value and the mend.
+:func:`run_script` runs them and then MMDetection's own script.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+import urllib.request
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from http.client import HTTPException
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import MODELS
+from mmengine.runner import checkpoint as mmengine_checkpoint
+
+from .layers import PostShiftedBatchNorm, check_shift
+
+URL_TIMEOUT = 5  # seconds
+CHECKPOINT_MEND = 'give the path of a checkpoint that exists'
+
+# Of servers that are there but do not answer HEAD requests, or not those for this file.
+_STATUS_UNDECIDED = (403, 405, 429, 501)
+
+_PSBN_CLASSES = {
+    name: cls
+    for name, cls in MODELS.module_dict.items()
+    if isinstance(cls, type) and issubclass(cls, PostShiftedBatchNorm)
+}
+_PSBN_TYPES = {*_PSBN_CLASSES, *(cls.__name__ for cls in _PSBN_CLASSES.values())}
+# The names by which `init_cfg=dict(layer=...)` means a psBN layer: MMEngine compares with the
+# class and its direct bases. Registry names match nothing there, so such a write is lost, too.
+_LAYER_NAMES = _PSBN_TYPES.union(
+    *({base.__name__ for base in cls.__bases__} for cls in _PSBN_CLASSES.values())
+)
+
+
+class PreflightError(ValueError):
+    """What must be mended before a run can start, in one sentence."""
+
+
+def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Load a config file as MMDetection's scripts do.
+
+    Args:
+        path (str): The config file.
+        options (dict, optional): What ``--cfg-options`` gave. Defaults to None.
+
+    Returns:
+        Config: The config with the options merged in.
+
+    Raises:
+        PreflightError: If the file, one of its bases or one of its imports cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise PreflightError(f'config file {_shown(path)} does not exist: check the path')
+    try:
+        cfg = Config.fromfile(path)
+    except (OSError, SyntaxError, ImportError) as error:
+        raise PreflightError(
+            f'config file {path} cannot be loaded: correct it or what it imports '
+            f'({type(error).__name__}: {_one_line(error)})'
+        ) from error
+    cfg.merge_from_dict(options or {})
+    return cfg
+
+
+def check_train_config(cfg: Config) -> None:
+    """Check what a training run needs, the cheap things first.
+
+    The pretrained weights of every ``init_cfg`` are checked even where those of a checkpoint
+    will replace them, since MMEngine loads them all the same.
+
+    Args:
+        cfg (Config): The config, with the ``work_dir``, ``resume`` and ``load_from`` of the run.
+
+    Raises:
+        PreflightError: If the run would fail, or silently do something else than asked for.
+    """
+    _check_model(cfg)
+    for stage in ('train', 'val'):
+        _check_data(cfg, stage)
+    for path, init_cfg in _dicts(cfg.get('model'), 'model'):
+        is_pretrained = _type_name(init_cfg) in ('Pretrained', 'PretrainedInit')
+        if is_pretrained and isinstance(init_cfg.get('checkpoint'), str):
+            mend = f'set {path}.checkpoint to a local file, or {path}=None for random weights'
+            _check_weights(cfg, init_cfg['checkpoint'], f'{path}.checkpoint', mend)
+    checkpoint = cfg.get('load_from')
+    last = Path(cfg.get('work_dir') or '', 'last_checkpoint')
+    if not checkpoint and cfg.get('resume') and last.is_file():
+        checkpoint = last.read_text().strip()
+    if checkpoint:
+        _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
+
+
+def check_test_config(cfg: Config, checkpoint: str) -> None:
+    """Check what testing a checkpoint needs, the cheap things first.
+
+    Args:
+        cfg (Config): The config.
+        checkpoint (str): Path, URL or model-zoo name of the checkpoint to test.
+
+    Raises:
+        PreflightError: If the run would fail, or silently do something else than asked for.
+    """
+    _check_model(cfg)
+    _check_data(cfg, 'test')
+    _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
+
+
+def run_script(name: str, check: Callable[[Namespace, Config], None]) -> None:
+    """Run a script of the installed MMDetection, once the config has passed a check.
+
+    Where something must be mended first, the process ends with exit code 1 and its one sentence.
+
+    Args:
+        name (str): File name of the script, e.g. ``train.py``.
+        check (Callable): Called with the script's parsed options and the loaded config.
+    """
+    # Read before the script parses its options, which sets LOCAL_RANK to 0 where it is missing.
+    local_rank = os.getenv('LOCAL_RANK') or os.getenv('SLURM_LOCALID') or '0'
+    try:
+        script = _load_script(name)
+        args = script.parse_args()
+        check(args, load_config(args.config, args.cfg_options))
+    except PreflightError as error:
+        # Once on each machine, since a file may be missing on one of them only.
+        sys.exit(f'error: {error}' if local_rank == '0' else 1)
+    if args.launcher != 'pytorch' or get_device() != 'cpu':
+        script.main()
+        return
+    # Ranks without GPUs: MMEngine would set a CUDA device first, but takes what is initialised.
+    torch.distributed.init_process_group('gloo')
+    script.main()
+    torch.distributed.barrier()  # a rank that leaves early aborts the others
+    torch.distributed.destroy_process_group()
+
+
+def _load_script(name: str) -> ModuleType:
+    try:
+        import mmdet
+    except (ImportError, AssertionError) as error:  # it asserts the versions of the others
+        raise PreflightError(
+            f'MMDetection cannot be imported ({_one_line(error)}): install it with '
+            "`pip install --no-build-isolation -e '.[onedl]'` in a checkout of psbn_mmdet"
+        ) from error
+    package = Path(mmdet.__file__).parent
+    # `.mim` is there in what pip installs, also with -e; its content stands beside the package
+    # in a bare checkout.
+    path = package / '.mim' / 'tools' / name
+    if not path.is_file() and (package.parent / 'setup.py').is_file():
+        path = package.parent / 'tools' / name
+    if not path.is_file():
+        raise PreflightError(
+            f'tools/{name} of MMDetection is neither in {package / ".mim"} nor beside it: install '
+            'MMDetection with pip'
+        )
+    spec = importlib.util.spec_from_file_location(f'mmdet_{path.stem}', path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def _check_model(cfg: Config) -> None:
+    psbn_cfgs = list(_psbn_cfgs(cfg))
+    for path, psbn_cfg in psbn_cfgs:
+        if 'shift' in psbn_cfg:
+            try:
+                check_shift(psbn_cfg['shift'])
+            except ValueError as error:
+                raise PreflightError(f'{error} in {path}') from error
+    if not psbn_cfgs:
+        return
+    if cfg.get('sync_bn') is not None:
+        raise PreflightError(
+            f'sync_bn={cfg.sync_bn!r} cannot convert psBN: remove sync_bn and set '
+            f"{psbn_cfgs[0][0]}.type='psSyncBN'"
+        )
+    if cfg.get('efficient_conv_bn_eval') is not None:
+        raise PreflightError(
+            f'efficient_conv_bn_eval={cfg.efficient_conv_bn_eval!r} traces the model with '
+            'torch.fx, which cannot trace psBN: remove efficient_conv_bn_eval'
+        )
+    for path, init_cfg in _dicts(cfg.model, 'model'):
+        owner, is_init_cfg, _ = path.rpartition('.init_cfg')
+        if is_init_cfg and any(psbn_path.startswith(owner + '.') for psbn_path, _ in psbn_cfgs):
+            _check_init_cfg(path, init_cfg)
+
+
+def _check_init_cfg(path: str, init_cfg: dict) -> None:
+    layers = init_cfg.get('layer') or ()
+    lost = _LAYER_NAMES.intersection((layers,) if isinstance(layers, str) else layers)
+    for key in ('bias', 'bias_prob'):
+        if lost and init_cfg.get(key):
+            raise PreflightError(
+                f'{path} sets {key}={init_cfg[key]!r} for {", ".join(sorted(lost))}, which does '
+                f'nothing in psBN, whose shift starts at its constant: remove {key}'
+            )
+
+
+def _check_data(cfg: Config, stage: str) -> None:
+    loader = cfg.get(f'{stage}_dataloader')
+    if isinstance(loader, dict):
+        for path, dataset in _datasets(loader.get('dataset'), f'{stage}_dataloader.dataset'):
+            _check_dataset(path, dataset)
+    for path, metric in _dicts(cfg.get(f'{stage}_evaluator'), f'{stage}_evaluator'):
+        if not _is_remote(metric):
+            _check_file(metric.get('ann_file'), f'{path}.ann_file')
+
+
+def _datasets(dataset: Any, path: str) -> Iterator[tuple[str, dict]]:
+    """Go through wrappers (ConcatDataset, RepeatDataset, ...) down to what reads files."""
+    if isinstance(dataset, (list, tuple)):
+        for index, part in enumerate(dataset):
+            yield from _datasets(part, f'{path}.{index}')
+    elif isinstance(dataset, dict):
+        wrapped = [key for key in ('dataset', 'datasets') if key in dataset]
+        for key in wrapped:
+            yield from _datasets(dataset[key], f'{path}.{key}')
+        if not wrapped:
+            yield path, dataset
+
+
+def _check_dataset(path: str, dataset: dict) -> None:
+    if _is_remote(dataset):
+        return
+    root = dataset.get('data_root') or ''
+    ann_file = dataset.get('ann_file')
+    if isinstance(ann_file, str) and ann_file:
+        _check_file(os.path.join(root, ann_file), f'{path}.ann_file', f'{path}.data_root')
+    prefixes = dataset.get('data_prefix') or {}
+    for key, prefix in prefixes.items() if isinstance(prefixes, dict) else ():
+        if isinstance(prefix, str):
+            setting = f'{path}.data_prefix.{key}'
+            _check_folder(os.path.join(root, prefix), setting, f'{path}.data_root')
+
+
+def _check_file(file: Any, setting: str, mend: str = '') -> None:
+    if not isinstance(file, str) or not file or '://' in file:
+        return
+    advice = f'put the file there or set {mend or setting}'
+    if not os.path.isfile(file):
+        raise PreflightError(f'{setting}: {_shown(file)} does not exist: {advice}')
+    if os.path.getsize(file) == 0:
+        raise PreflightError(f'{setting}: {_shown(file)} is empty: {advice}')
+
+
+def _check_folder(folder: str, setting: str, mend: str) -> None:
+    if not folder or '://' in folder:
+        return
+    advice = f'put the images there or set {mend}'
+    if not os.path.isdir(folder):
+        raise PreflightError(f'{setting}: the folder {_shown(folder)} does not exist: {advice}')
+    with os.scandir(folder) as entries:
+        if next(entries, None) is None:
+            raise PreflightError(f'{setting}: the folder {_shown(folder)} is empty: {advice}')
+
+
+def _is_remote(cfg: dict) -> bool:
+    """Whether files are read by another backend than that of the local disk."""
+    for _, part in _dicts(cfg, ''):
+        backend_args = part.get('backend_args')
+        if isinstance(backend_args, dict) and backend_args.get('backend') not in ('local', 'disk'):
+            return True
+    return False
+
+
+def _check_weights(cfg: Config, checkpoint: str, setting: str, mend: str) -> None:
+    source = _resolve(checkpoint, setting, mend)
+    if source.startswith(('http://', 'https://')):
+        file_name = os.path.basename(urlparse(source).path)
+        cached = os.path.join(torch.hub.get_dir(), 'checkpoints', file_name)
+        if os.path.isfile(cached):
+            _check_local_weights(cfg, cached, setting)
+        else:
+            _check_url(source, setting, mend)
+    elif '://' not in source:
+        source = os.path.expanduser(source)
+        if not os.path.isfile(source):
+            raise PreflightError(f'{setting} {_shown(source)} does not exist: {mend}')
+        _check_local_weights(cfg, source, setting)
+
+
+def _resolve(checkpoint: str, setting: str, mend: str) -> str:
+    """The URL or path behind a name in MMEngine's tables, or ``checkpoint`` itself."""
+    scheme, _, name = checkpoint.partition('://')
+    if scheme in ('torchvision', 'modelzoo'):
+        try:
+            table = mmengine_checkpoint.get_torchvision_models()
+        except ImportError as error:
+            raise PreflightError(
+                f'{setting} {checkpoint} needs torchvision ({_one_line(error)}): install it, or '
+                f'{mend}'
+            ) from error
+    elif scheme in ('open-mmlab', 'openmmlab'):
+        table = mmengine_checkpoint.get_external_models()
+        name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
+    elif scheme == 'mmcls':
+        table = mmengine_checkpoint.get_mmcls_models()
+    else:
+        return checkpoint
+    if name not in table:
+        raise PreflightError(f'{setting} {checkpoint} is not in the table of {scheme}: {mend}')
+    if '://' in table[name]:
+        return table[name]
+    return os.path.join(mmengine_checkpoint._get_mmengine_home(), table[name])
+
+
+def _check_url(url: str, setting: str, mend: str) -> None:
+    try:
+        request = urllib.request.Request(url, method='HEAD')
+        urllib.request.urlopen(request, timeout=URL_TIMEOUT).close()
+    except (OSError, HTTPException, ValueError) as error:
+        if getattr(error, 'code', None) in _STATUS_UNDECIDED:
+            return
+        raise PreflightError(
+            f'{setting} {url} cannot be downloaded ({_one_line(error)}): {mend}'
+        ) from error
+
+
+def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
+    try:
+        # Mapped, so that only the names and the other small things are read.
+        mmap = zipfile.is_zipfile(file)
+        content = torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever a broken or hostile file brings about
+        unsafe = re.search(r'GLOBAL (\S+)', str(error))
+        if unsafe:
+            raise PreflightError(
+                f'{setting} {file} is not loaded since it asks for {unsafe[1]}, which may run any '
+                'code: use a file of tensors and plain values, or, if you trust it, allow this by '
+                'torch.serialization.add_safe_globals in a module of custom_imports'
+            ) from error
+        raise PreflightError(
+            f'{setting} {file} cannot be read as a PyTorch file of tensors and plain values, '
+            'perhaps since it is incomplete: replace the file'
+        ) from error
+    state_dict = content.get('state_dict', content) if isinstance(content, dict) else {}
+    psbn_layers = (
+        key[: -len('.beta')]
+        for key in state_dict
+        if str(key).endswith('.beta') and key[: -len('beta')] + 'shift' in state_dict
+    )
+    psbn_layer = next(psbn_layers, None)
+    if psbn_layer is not None and next(_psbn_cfgs(cfg), None) is None:
+        raise PreflightError(
+            f'{setting} {file} holds psBN layers ({psbn_layer}, ...), the model of the config has '
+            "none: set norm_cfg=dict(type='psBN') or convert the checkpoint to BN"
+        )
+
+
+def _psbn_cfgs(cfg: Config) -> Iterator[tuple[str, dict]]:
+    for path, part in _dicts(cfg.get('model'), 'model'):
+        if _type_name(part) in _PSBN_TYPES:
+            yield path, part
+
+
+def _type_name(cfg: dict) -> str:
+    """``type`` without the scope; it may be given as a class."""
+    kind = cfg.get('type')
+    return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
+
+
+def _dicts(value: Any, path: str) -> Iterator[tuple[str, dict]]:
+    """Every dict in ``value`` with its path, in the notation of ``--cfg-options``."""
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        yield path, value
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = enumerate(value)
+    for key, child in children:
+        yield from _dicts(child, f'{path}.{key}')
+
+
+def _shown(path: str) -> str:
+    return path if os.path.isabs(path) else f'{path} (in {Path.cwd()})'
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip('.') if lines else type(error).__name__

@@ -1,0 +1,169 @@
+#!/usr/bin/env bash
+# Creates the virtual environment of one stack, or finds that nothing is left to do.
+#
+#     scripts/setup.sh [onedl|openmmlab] [dev]
+#
+# onedl goes to .venv, openmmlab to .venv-openmmlab; `dev` adds the tools of tests and checks.
+# pip's own settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, ...) are left as they are.
+# PYTHON names the interpreter, MAX_JOBS and CFLAGS rule the compilation of MMCV's operators.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() {
+  echo "setup: $*" >&2
+  exit 1
+}
+
+stack=${1:-onedl}
+with_dev=${2:-}
+case $stack in
+  onedl) venv=.venv ;;
+  openmmlab) venv=.venv-openmmlab ;;
+  *) die "STACK must be onedl or openmmlab, got '$stack'." ;;
+esac
+[ -z "$with_dev" ] || [ "$with_dev" = dev ] || die "the second argument must be dev, got '$with_dev'."
+
+python=${PYTHON:-python3}
+py=$venv/bin/python
+log=$venv/setup.log
+mmcv=$(grep -E '^(onedl-)?mmcv==' "requirements/$stack.txt")
+
+# The stamps hold what the environment was made from: the folder (an editable install points to
+# it), the pins and this script.
+made_from() { (pwd && cat "$@" scripts/setup.sh) | cksum; }
+base=$(made_from setup.py requirements/{build,common,"$stack"}.txt)
+dev=$(made_from requirements/{build,common,"$stack",dev}.txt)
+is_done() { # name, wanted content
+  [ -x "$py" ] && [ "$(cat "$venv/$1.stamp" 2>/dev/null)" = "$2" ]
+}
+say_ready() {
+  echo "setup: $venv holds the $stack stack${with_dev:+ and the test tools}${1:-}."
+  exit 0
+}
+is_ready() { is_done base "$base" && { [ -z "$with_dev" ] || is_done dev "$dev"; }; }
+is_ready && say_ready ', nothing to do'
+
+# One set-up at a time. The lock also waits for a compiler that outlived a killed set-up.
+if command -v flock >/dev/null; then
+  exec 9>"$venv.lock"
+  flock -n 9 || { echo "setup: waiting for another set-up of $venv."; flock 9; }
+  is_ready && say_ready ', nothing to do'
+fi
+
+child=
+stop() {
+  [ -z "$child" ] || kill -- "-$child" 2>/dev/null || true
+  child=
+}
+trap stop EXIT
+trap 'echo; echo "setup: interrupted, the next run goes on from here."; exit 130' INT TERM
+
+# Runs a command with its output in the log, and tells every few seconds that it lives.
+try() { # label, command...
+  local label=$1 started=$SECONDS shown=$SECONDS status=0 last='' format='' period=30
+  shift
+  [ ! -t 1 ] || period=1
+  echo "setup: $label"
+  printf '\n=== %s\n' "$label" >>"$log"
+  set -m # a process group of its own, so that `stop` reaches the compilers too
+  "$@" >>"$log" 2>&1 </dev/null &
+  child=$!
+  set +m
+  while kill -0 "$child" 2>/dev/null; do
+    sleep 1
+    if [ $((SECONDS - shown)) -ge "$period" ]; then
+      shown=$SECONDS
+      # What pip or ninja said last: '[12/78]' while compiling, else pip's own line.
+      last=$(tail -c 20000 "$log" | tr '\r' '\n' |
+        grep -oE '^ *(\[[0-9]+/[0-9]+\]|(Collecting|Downloading|Building) [^ ]+|Installing collected packages)' | tail -n 1 || true)
+      format='  %d:%02d  %s\n'
+      [ ! -t 1 ] || format='\r\033[K  %d:%02d  %s'
+      # shellcheck disable=SC2059
+      printf "$format" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "${last#"${last%%[! ]*}"}"
+    fi
+  done
+  [ ! -t 1 ] || printf '\r\033[K'
+  wait "$child" || status=$?
+  child=
+  return $status
+}
+
+run() { # as `try`, and ends the set-up if the command fails
+  local label=$1
+  try "$@" && return
+  echo "--- errors and the last lines of $log:" >&2
+  tail -n 2000 "$log" | grep -E '(^|[ :])(fatal )?error:' | head -n 5 >&2 || true
+  tail -n 20 "$log" >&2
+  die "failed at '$label'; see $log, then run the same command again."
+}
+
+command -v "$python" >/dev/null ||
+  die "no '$python' found: install Python 3.11, or name one, as in PYTHON=python3.11 make setup."
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
+  die "'$python' does not run: name a working Python 3.11, as in PYTHON=python3.11 make setup."
+case $version in
+  3.11 | 3.12 | 3.13) ;;
+  *) die "Python $version is not supported, 3.11 to 3.13 are: name one, as in PYTHON=python3.11 make setup." ;;
+esac
+
+if ! "$py" -m pip --version >/dev/null 2>&1; then
+  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    die "$python has no venv module: install it (Debian, Ubuntu: apt install python3-venv)."
+  echo "setup: creating $venv with Python $version"
+  "$python" -m venv --clear "$venv" || die "could not create $venv with $python."
+fi
+pip() { "$py" -m pip install --no-build-isolation "$@"; }
+: >"$log"
+
+ops_work() {
+  "$py" -c "
+import torch
+from mmcv.ops import nms
+boxes = torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.]])
+assert nms(boxes, torch.tensor([1., 0.5]), 0.5)[1].tolist() == [0]"
+}
+
+compile_mmcv() { # extra options of pip
+  command -v "${CXX:-c++}" >/dev/null ||
+    die "no C++ compiler '${CXX:-c++}' found, and $mmcv must be compiled: install one (Debian, Ubuntu: apt install g++)."
+  local include
+  include=$("$py" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  [ -f "$include/Python.h" ] ||
+    die "no Python headers in $include, and $mmcv must be compiled: install them (Debian, Ubuntu: apt install python3-dev)."
+  "$py" -c '
+import sys, torch
+from torch.utils.cpp_extension import CUDA_HOME
+sys.exit(torch.cuda.is_available() and CUDA_HOME is None)' 2>/dev/null ||
+    die "a GPU is visible but no CUDA compiler: install the CUDA toolkit of torch and set CUDA_HOME, or set CUDA_VISIBLE_DEVICES= to train on the CPU."
+  # One job per core, but no more than memory holds at 2 GiB per job.
+  MAX_JOBS=${MAX_JOBS:-$("$py" -c '
+import os
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+print(max(1, min(cores, memory // 2**31)))')}
+  # Compile time goes to torch's headers. -g0 takes a third off it; with -O1 nms is 2.5 times as
+  # fast as with -O3 and the backward of roi_align 1.25 times as slow (docs/development.md).
+  export MAX_JOBS MMCV_WITH_OPS=1 CFLAGS="${CFLAGS:--g0 -O1 -DNDEBUG}"
+  echo "setup: $mmcv comes as source unless pip still has what it compiled: 5 to 10 minutes on 2 cores, once; longer with CUDA."
+  run "compiling the operators of $mmcv in $MAX_JOBS jobs" pip --verbose --no-deps "$@" "$mmcv"
+}
+
+if ! is_done base "$base"; then
+  run 'installing torch and the build tools' pip -r requirements/build.txt
+  if ! try "installing $mmcv" pip --no-deps --only-binary :all: "$mmcv"; then
+    compile_mmcv
+  fi
+  run "installing the $stack stack" pip -r "requirements/$stack.txt"
+  if ! try "checking the operators of $mmcv" ops_work; then
+    echo "setup: they were compiled for another torch or Python."
+    compile_mmcv --no-cache-dir --force-reinstall --no-binary :all:
+    run "checking the operators of $mmcv" ops_work
+  fi
+  run 'installing psbn_mmdet' pip -c "requirements/$stack.txt" -e ".[$stack]"
+  echo "$base" >"$venv/base.stamp"
+fi
+if [ -n "$with_dev" ] && ! is_done dev "$dev"; then
+  run 'installing the test tools' pip -r "requirements/$stack.txt" -r requirements/dev.txt
+  echo "$dev" >"$venv/dev.stamp"
+fi
+say_ready

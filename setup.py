@@ -1,0 +1,75 @@
+"""Packaging; the settings of the tools are in pyproject.toml, tested versions in requirements/."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Read the version without importing the package, whose imports need MMEngine."""
+    source = (ROOT / 'psbn_mmdet' / 'version.py').read_text(encoding='utf-8')
+    match = re.search(r"^__version__ = '([^']+)'$", source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("psbn_mmdet/version.py has no line `__version__ = '...'`: restore it")
+    return match.group(1)
+
+
+def read_readme() -> str:
+    readme = ROOT / 'README.md'
+    return readme.read_text(encoding='utf-8') if readme.exists() else ''
+
+
+# The two stacks share the import names mmcv, mmengine and mmdet and collide in site-packages:
+# neither can be a hard requirement, so each is an extra.
+EXTRAS = {
+    'onedl': [
+        'onedl-mmcv>=2.3.6,<3',
+        'onedl-mmengine>=0.10.12,<1',
+        'onedl-mmdetection>=3.5.1,<4',
+        'pycocotools',
+    ],
+    'openmmlab': [
+        'mmcv>=2.1.0,<2.2',
+        'mmengine>=0.10.7,<1',
+        'mmdet>=3.3.0,<4',
+        'pycocotools',
+    ],
+    'dev': [
+        'mypy',
+        'onnx',
+        'onnxruntime',
+        'onnxscript',
+        'pre-commit',
+        'pytest',
+        'pytest-xdist',
+        'ruff',
+        'tensorboard',
+    ],
+}
+
+setup(
+    name='psbn_mmdet',
+    version=read_version(),
+    description='Post-shifted batch normalisation and collapse counting for MMDetection',
+    long_description=read_readme(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    keywords='batch normalization, filter collapse, object detection, mmdetection, mmengine',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.11',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    packages=find_packages(include=['psbn_mmdet', 'psbn_mmdet.*']),
+    package_data={'psbn_mmdet': ['py.typed']},
+    python_requires='>=3.10',
+    install_requires=['torch', 'numpy', 'matplotlib', 'rich'],
+    extras_require=EXTRAS,
+    zip_safe=False,
+)

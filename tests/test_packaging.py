@@ -1,0 +1,189 @@
+"""What a user meets before the package runs: metadata, pins, commands, a missing MMEngine."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+STACKS = ('onedl', 'openmmlab')
+MMCV = {'onedl': 'onedl-mmcv', 'openmmlab': 'mmcv'}
+
+
+# The suite itself may run under `make test STACK=...`, which hands its variables down.
+ENV = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'STACK', 'ARGS')
+}
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, cwd=cwd, env=ENV | env, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope='module')
+def metadata(tmp_path_factory) -> dict[str, list[str]]:
+    """The package's metadata as setuptools writes it, by field."""
+    out = tmp_path_factory.mktemp('egg')
+    result = run(sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(out))
+    assert result.returncode == 0, result.stderr
+    fields: dict[str, list[str]] = {}
+    for line in (out / 'psbn_mmdet.egg-info/PKG-INFO').read_text().split('\n\n')[0].splitlines():
+        name, _, value = line.partition(': ')
+        fields.setdefault(name, []).append(value)
+    return fields
+
+
+def pins(name: str) -> dict[str, str]:
+    """Versions by package in a requirements file and those that it includes."""
+    found: dict[str, str] = {}
+    for line in (ROOT / f'requirements/{name}.txt').read_text().splitlines():
+        line = line.split('#')[0].strip()
+        if line.startswith('-r '):
+            included = pins(line[3:].removesuffix('.txt'))
+            assert not included.keys() & found.keys()
+            found.update(included)
+        elif line:
+            package, version = line.split('==')
+            assert canonicalize_name(package) not in found
+            found[canonicalize_name(package)] = version
+    return found
+
+
+def requirements(metadata, extra: str) -> dict[str, Requirement]:
+    """An extra's own requirements by package."""
+    found = map(Requirement, metadata['Requires-Dist'])
+    return {
+        canonicalize_name(r.name): r
+        for r in found
+        if r.marker is not None and r.marker.evaluate({'extra': extra})
+    }
+
+
+def test_version_is_the_packages_own(metadata):
+    import psbn_mmdet
+
+    assert metadata['Version'] == [psbn_mmdet.__version__]
+    assert metadata['Name'] == ['psbn_mmdet']
+    assert metadata['License'] == ['Apache-2.0']
+
+
+def test_neither_stack_is_a_hard_requirement(metadata):
+    hard = {r.name for r in map(Requirement, metadata['Requires-Dist']) if r.marker is None}
+    assert {'torch', 'numpy'} <= hard
+    assert not {name for name in hard if 'mm' in name}
+
+
+def test_every_extra_has_its_packages_and_no_others_stack(metadata):
+    assert set(metadata['Provides-Extra']) == {'onedl', 'openmmlab', 'dev'}
+    assert {'onedl-mmcv', 'onedl-mmengine', 'onedl-mmdetection'} < set(
+        requirements(metadata, 'onedl')
+    )
+    assert {'mmcv', 'mmengine', 'mmdet'} < set(requirements(metadata, 'openmmlab'))
+    assert {'pytest', 'ruff'} < set(requirements(metadata, 'dev'))
+
+
+@pytest.mark.parametrize('stack', STACKS)
+def test_pins_satisfy_what_setup_py_asks_for(stack, metadata):
+    tested = pins(stack)
+    assert tested['torch']
+    for name, requirement in requirements(metadata, stack).items():
+        assert requirement.specifier.contains(tested[name]), requirement
+
+
+@pytest.mark.parametrize('stack', STACKS)
+def test_dev_pins_do_not_repeat_those_of_a_stack(stack):
+    assert not pins('dev').keys() & pins(stack).keys()
+
+
+def test_importing_without_mmengine_names_both_installs():
+    code = """if True:
+        import sys
+
+        class Hide:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition('.')[0] == 'mmengine':
+                    raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+        sys.meta_path.insert(0, Hide())
+        try:
+            import psbn_mmdet
+        except ImportError as error:
+            print(error)
+    """
+    result = run(sys.executable, '-c', code)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    assert '[onedl]' in result.stdout
+    assert '[openmmlab]' in result.stdout
+
+
+@pytest.mark.parametrize('target', ['setup', 'demo', 'test', 'lint', 'format', 'bench'])
+def test_make_target_exists_and_sets_up_first(target):
+    result = run('make', '--dry-run', target)
+    assert result.returncode == 0, result.stderr
+    commands = result.stdout.splitlines()
+    assert commands[0].startswith('scripts/setup.sh onedl')
+    for command in commands[1:]:
+        assert command.startswith('.venv/bin/')
+        assert all((ROOT / path).is_file() for path in re.findall(r'\S+/\w+\.py', command))
+
+
+def test_make_uses_the_stack_that_it_is_told():
+    commands = run('make', '--dry-run', 'test', 'STACK=openmmlab', 'ARGS=-k x').stdout.splitlines()
+    assert commands == [
+        'scripts/setup.sh openmmlab dev',
+        '.venv-openmmlab/bin/python -m pytest -k x',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'python', 'message'),
+    [
+        (['mmlab'], sys.executable, "STACK must be onedl or openmmlab, got 'mmlab'."),
+        (['onedl'], 'no-such-python', "no 'no-such-python' found"),
+        (['onedl'], './python2.7', 'Python 2.7 is not supported, 3.11 to 3.13 are'),
+    ],
+)
+def test_setup_says_in_one_sentence_what_is_wrong(arguments, python, message, tmp_path):
+    (tmp_path / 'scripts').mkdir()
+    for path in ('scripts/setup.sh', 'setup.py', 'requirements'):
+        (tmp_path / path).symlink_to(ROOT / path)
+    (tmp_path / 'python2.7').write_text('#!/bin/sh\necho 2.7\n')
+    (tmp_path / 'python2.7').chmod(0o755)
+    result = run('bash', 'scripts/setup.sh', *arguments, cwd=tmp_path, PYTHON=python)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_ci_runs_the_test_command_and_keeps_pips_own_links(tmp_path):
+    """With a `make` that only tells what it was called with."""
+    (tmp_path / 'make').write_text('#!/bin/sh\necho "make $* links=$PIP_FIND_LINKS"\nexit 7\n')
+    (tmp_path / 'make').chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{ENV["PATH"]}', 'PIP_FIND_LINKS': '/some/links'}
+    for wheels in (False, True):
+        clone = tmp_path / f'{wheels}/clone'
+        (clone / '.ci').mkdir(parents=True)
+        if wheels:
+            (clone.parent / 'shared/wheels').mkdir(parents=True)
+        (clone / '.ci/run').symlink_to(ROOT / '.ci/run')
+        result = run(clone / '.ci/run', cwd=tmp_path, **env)
+        expected = '/some/links ../shared/wheels' if wheels else '/some/links'
+        assert result.stdout == f'make test links={expected}\n'
+        assert result.returncode == 7
+
+
+def test_mmcv_is_compiled_at_the_pinned_version():
+    """setup.sh finds the pin by this pattern; a second match would confuse it."""
+    for stack in STACKS:
+        text = (ROOT / f'requirements/{stack}.txt').read_text()
+        assert re.findall(r'^((?:onedl-)?mmcv)==', text, re.MULTILINE) == [MMCV[stack]]
