@@ -102,9 +102,9 @@ def time_shape(
 
     def train(name: str) -> None:
         layers[name].train()
+        layers[name](x).backward(gradient)
         layers[name].zero_grad()
         x.grad = None
-        layers[name](x).backward(gradient)
 
     def evaluate(name: str) -> None:
         layers[name].eval()

@@ -16,6 +16,8 @@ import mmdet
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
@@ -335,6 +337,16 @@ def test_url_that_was_downloaded_before_passes(cfg, tmp_path):
 
 
 # Checkpoints
+
+
+def test_checkpoint_of_a_run_passes_also_after_mmengine_has_read_one(cfg, tmp_path):
+    hub = MessageHub.get_instance('test')
+    hub.update_scalar('train/loss', 0.5)
+    path = str(tmp_path / 'epoch_1.pth')
+    torch.save(dict(state_dict={}, message_hub=hub.state_dict()), path)
+    check_test_config(cfg, path)
+    CheckpointLoader.load_checkpoint(path, 'cpu')
+    check_test_config(cfg, path)
 
 
 def test_missing_checkpoint(cfg):
