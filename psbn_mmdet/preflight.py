@@ -27,7 +27,6 @@ from mmengine.registry import MODELS
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from .layers import PostShiftedBatchNorm, check_shift
-from .safe_globals import allow_mmengine_checkpoints
 
 URL_TIMEOUT = 5  # seconds
 CHECKPOINT_MEND = 'give the path of a checkpoint that exists'
@@ -333,8 +332,6 @@ def _check_url(url: str, setting: str, mend: str) -> None:
 
 
 def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
-    # Again, since OneDL's MMEngine takes its types off torch's list each time it has read a file.
-    allow_mmengine_checkpoints()
     try:
         # Mapped, so that only the names and the other small things are read.
         mmap = zipfile.is_zipfile(file)

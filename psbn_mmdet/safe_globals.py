@@ -22,17 +22,10 @@ def allow_mmengine_checkpoints() -> None:
         return
     multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
     dtypes = [type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'bool')]
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            np.ndarray,
-            np.dtype,
-            multiarray._reconstruct,
-            multiarray.scalar,
-            *dtypes,
-            (_statistic, 'builtins.getattr'),
-        ]
-    )
+    types = [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar]
+    # With their names: OneDL's MMEngine takes the bare types off the list after each load.
+    named = [(kind, f'{kind.__module__}.{kind.__qualname__}') for kind in [*types, *dtypes]]
+    torch.serialization.add_safe_globals([*named, (_statistic, 'builtins.getattr')])
 
 
 def _statistic(owner: Any, name: str) -> Any:
