@@ -22,7 +22,7 @@ figures: setup  ## make the README's picture again, from two trainings
 	@$(VENV)/bin/python scripts/figures.py $(ARGS)
 
 test: setup-dev  ## run the test suite, e.g. ARGS='-k layers'
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup-dev  ## check style and types
 	@$(VENV)/bin/ruff check .

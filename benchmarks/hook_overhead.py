@@ -30,7 +30,7 @@ from psbn_mmdet.hooks import CollapseHook  # noqa: E402
 
 DETECTORS = {
     'demo': ('demo/faster-rcnn_r18_fpn_psbn_demo.py', (128, 128)),
-    'faster-rcnn_r50': ('configs/psbn/faster-rcnn_r50_fpn_psbn_1x_coco.py', (512, 320)),
+    'faster-rcnn_r50': ('configs/psbn/faster-rcnn_r50_fpn_psbn_1x_coco.py', (320, 192)),
 }
 
 

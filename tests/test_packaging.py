@@ -126,7 +126,7 @@ def test_importing_without_mmengine_names_both_installs():
     assert '[openmmlab]' in result.stdout
 
 
-@pytest.mark.parametrize('target', ['setup', 'demo', 'test', 'lint', 'format', 'bench'])
+@pytest.mark.parametrize('target', ['setup', 'demo', 'figures', 'test', 'lint', 'format', 'bench'])
 def test_make_target_exists_and_sets_up_first(target):
     result = run('make', '--dry-run', target)
     assert result.returncode == 0, result.stderr
@@ -139,10 +139,10 @@ def test_make_target_exists_and_sets_up_first(target):
 
 def test_make_uses_the_stack_that_it_is_told():
     commands = run('make', '--dry-run', 'test', 'STACK=openmmlab', 'ARGS=-k x').stdout.splitlines()
-    assert commands == [
-        'scripts/setup.sh openmmlab dev',
-        '.venv-openmmlab/bin/python -m pytest -k x',
-    ]
+    assert commands[0] == 'scripts/setup.sh openmmlab dev'
+    assert commands[1].startswith('.venv-openmmlab/bin/python -m pytest ')
+    assert commands[1].endswith(' -k x')
+    assert len(commands) == 2
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,8 @@ class PostShiftedBatchNorm(_BatchNorm):
     @property
     def bias(self) -> Tensor:  # type: ignore[override]
         """Effective shift b = beta + alpha, shape (C,). Read-only: write to ``beta``."""
-        if self.beta is None:
-            return self.shift.repeat(self.num_features)
-        return self.beta + self.shift
+        beta = self.beta
+        return self.shift.repeat(self.num_features) if beta is None else beta + self.shift
 
     def reset_parameters(self) -> None:
         """Set gamma to 1, beta to 0, the running statistics and the shift to their start."""
