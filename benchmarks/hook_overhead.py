@@ -178,7 +178,7 @@ def main() -> None:
     """Time the detectors and the growth, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--data-root', default='data/demo/', help='made by demo/make_dataset.py')
-    parser.add_argument('--steps', type=int, default=60, help='pairs of steps per detector')
+    parser.add_argument('--steps', type=int, default=20, help='pairs of steps per detector')
     parser.add_argument(
         '--out', help='JSON file, else benchmarks/results/hook_overhead_DEVICE.json'
     )

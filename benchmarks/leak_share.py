@@ -93,7 +93,7 @@ def main() -> None:
     """Train, measure before and after, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--data-root', default='data/demo/', help='made by demo/make_dataset.py')
-    parser.add_argument('--steps', type=int, default=100)
+    parser.add_argument('--steps', type=int, default=30)
     parser.add_argument('--lr', type=float, default=0.01)
     parser.add_argument('--out', default=str(ROOT / 'benchmarks/results/leak_share.json'))
     args = parser.parse_args()

@@ -4,8 +4,9 @@ try:
     import mmengine  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        'psbn_mmdet needs MMEngine, MMCV and MMDetection: install them from a checkout of '
-        "psbn_mmdet with `pip install --no-build-isolation -e '.[onedl]'`, or "
+        'psbn_mmdet needs MMEngine, MMCV and MMDetection: run `make setup` in a checkout of '
+        'psbn_mmdet, or install them beside your torch there with '
+        "`pip install --no-build-isolation -e '.[onedl]'`, or "
         "`pip install --no-build-isolation -e '.[openmmlab]'` for the original packages"
     ) from error
 
