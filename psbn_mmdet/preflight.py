@@ -7,6 +7,7 @@ Each raises :class:`PreflightError` with one sentence that names the value and t
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -145,7 +146,11 @@ def run_script(name: str, check: Callable[[Namespace, Config], None]) -> None:
     torch.distributed.init_process_group('gloo')
     script.main()
     torch.distributed.barrier()  # a rank that leaves early aborts the others
-    torch.distributed.destroy_process_group()
+    # Not by the interpreter's exit: gloo's threads abort it now and then.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _load_script(name: str) -> ModuleType:
