@@ -3,11 +3,19 @@
 from .census import KINDS, Census, LayerCensus, census, check_thresholds, find_norms, stage_of
 from .gradients import GradientWatch
 from .leak import leak_share
-from .records import Records, RecordWriter, format_ranges, parse_ranges, read_records
+from .records import (
+    RECORD_FILE,
+    Records,
+    RecordWriter,
+    format_ranges,
+    parse_ranges,
+    read_records,
+)
 from .rectifiers import ForwardTrace, RectifierTrace, trace_rectifiers
 
 __all__ = [
     'KINDS',
+    'RECORD_FILE',
     'Census',
     'ForwardTrace',
     'GradientWatch',

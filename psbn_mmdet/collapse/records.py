@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
 FORMAT = 1
 
 

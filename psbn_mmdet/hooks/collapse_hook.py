@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from ..collapse import (
     KINDS,
+    RECORD_FILE,
     Census,
     ForwardTrace,
     GradientWatch,
@@ -38,7 +39,6 @@ from ..layers import PostShiftedBatchNorm
 from ..version import __version__
 from .weight_decay import weight_decay_warning
 
-RECORD_FILE = 'collapse.jsonl'
 SCALARS = (*KINDS, 'collapsed', 'new', 'revived')
 
 
@@ -229,7 +229,12 @@ class CollapseHook(Hook):
         now = self._census(trapped)
         # A window without steps tells nothing of what was trapped: it is taken to be so still.
         self._trapped.update(trapped)
-        collapsed = {layer.name: layer.collapsed for layer in self._census(self._trapped).layers}
+        collapsed = {
+            layer.name: layer.collapsed
+            if layer.frozen
+            else layer.collapsed | self._trapped.get(layer.name, False)
+            for layer in now.layers
+        }
         new = {name: mask & ~self._collapsed[name] for name, mask in collapsed.items()}
         revived = {name: ~mask & self._collapsed[name] for name, mask in collapsed.items()}
         self._collapsed = collapsed
@@ -313,7 +318,7 @@ class CollapseHook(Hook):
         """Take over the record of the run that is resumed, up to the iteration it starts at."""
         folder = runner.cfg.get('load_from')
         folder = Path(folder).parent if folder else Path(runner.work_dir)
-        names = [(layer['name'], layer['channels']) for layer in self._layers_of_header()]
+        names = [(name, norm.num_features) for name, norm in find_norms(self._model).items()]
         for path in sorted(folder.glob(f'*/{RECORD_FILE}'), reverse=True):
             try:
                 records = read_records(path)
@@ -326,11 +331,6 @@ class CollapseHook(Hook):
                 self._history = reports
                 self._restore(records, reports[-1])
                 return
-
-    def _layers_of_header(self) -> list[dict]:
-        return [
-            {'name': layer.name, 'channels': layer.channels} for layer in self._census({}).layers
-        ]
 
     def _restore(self, records: Records, report: dict[str, Any]) -> None:
         for index, layer in enumerate(records.header['layers']):

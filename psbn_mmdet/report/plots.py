@@ -9,9 +9,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..collapse import Records, read_records
+from ..collapse import RECORD_FILE, Records, read_records
 
-RECORD_FILE = 'collapse.jsonl'
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 PANELS = {
