@@ -1,6 +1,16 @@
 """What collapse is: the census of a network, rectifiers, gradients, and the record of a run."""
 
-from .census import KINDS, Census, LayerCensus, census, check_thresholds, find_norms, stage_of
+from .census import (
+    KINDS,
+    Census,
+    LayerCensus,
+    census,
+    census_of_state_dict,
+    check_thresholds,
+    compare,
+    find_norms,
+    stage_of,
+)
 from .gradients import GradientWatch
 from .leak import leak_share
 from .records import (
@@ -11,7 +21,7 @@ from .records import (
     parse_ranges,
     read_records,
 )
-from .rectifiers import ForwardTrace, RectifierTrace, trace_rectifiers
+from .rectifiers import ForwardTrace, RectifierTrace, trace_rectifiers, what_follows
 
 __all__ = [
     'KINDS',
@@ -24,7 +34,9 @@ __all__ = [
     'Records',
     'RectifierTrace',
     'census',
+    'census_of_state_dict',
     'check_thresholds',
+    'compare',
     'find_norms',
     'format_ranges',
     'leak_share',
@@ -32,4 +44,5 @@ __all__ = [
     'read_records',
     'stage_of',
     'trace_rectifiers',
+    'what_follows',
 ]

@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import PostShiftedBatchNorm
+from ..layers import PostShiftedBatchNorm, feeds_rectifier, find_norm_states, rectifier_closed
 
 KINDS = ('vanished', 'dead', 'trapped')
 
@@ -121,6 +122,25 @@ class Census:
         return {name: Census(layers, self.tau, self.k) for name, layers in stages.items()}
 
 
+def compare(before: Census, after: Census) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Which filters are newly collapsed and which revived, from one census to another.
+
+    Args:
+        before (Census): The earlier one.
+        after (Census): The later one.
+
+    Returns:
+        dict[str, tuple[np.ndarray, np.ndarray]]: New and revived, bool masks of shape (C,), by
+        layer; layers that are not in both, or not with as many channels, are absent.
+    """
+    old = {layer.name: layer.collapsed for layer in before.layers}
+    return {
+        layer.name: (layer.collapsed & ~old[layer.name], ~layer.collapsed & old[layer.name])
+        for layer in after.layers
+        if layer.name in old and len(old[layer.name]) == layer.channels
+    }
+
+
 def check_thresholds(tau: float, k: float) -> None:
     """Check the thresholds of a census.
 
@@ -209,10 +229,10 @@ def census(
         ),
         sizes,
     )
+    rectifiers = rectifiers or {}
     layers = []
     for (name, norm), gamma, shift in zip(norms.items(), gammas, shifts):
-        rectifier = (rectifiers or {}).get(name)
-        rectified = rectifier in ('relu', 'leaky_relu')
+        rectified = feeds_rectifier(rectifiers, name)
         frozen = not any(
             p is not None and p.requires_grad for p in (norm.weight, trainable_shift(norm))
         )
@@ -223,10 +243,62 @@ def census(
                 gamma=gamma,
                 shift=shift,
                 frozen=frozen,
-                rectifier=rectifier,
+                rectifier=rectifiers.get(name),
                 vanished=np.abs(gamma) <= tau,
-                dead=shift + k * np.abs(gamma) <= 0 if rectified else None,
+                dead=rectifier_closed(gamma, shift, k) if rectified else None,
                 trapped=None if frozen else (trapped or {}).get(name),
+            )
+        )
+    return Census(layers, tau, k)
+
+
+def census_of_state_dict(
+    state_dict: Mapping[str, Any],
+    *,
+    tau: float = 1e-3,
+    k: float = 3.0,
+    rectifiers: Mapping[str, str] | None = None,
+) -> Census:
+    """Count the collapsed filters in a state dict, from the parameters alone.
+
+    Args:
+        state_dict (Mapping[str, Any]): With BN or psBN layers, see
+            :func:`psbn_mmdet.layers.find_norm_states`.
+        tau (float): See :func:`census`.
+        k (float): See :func:`census`.
+        rectifiers (Mapping[str, str], optional): What follows each layer, from
+            :func:`.trace_rectifiers`. A layer that is not in it is judged as if a rectifier
+            followed, since a state dict does not tell. Defaults to None.
+
+    Returns:
+        Census: With one entry per layer, in the order of the file; none is taken for frozen.
+
+    Raises:
+        ValueError: If ``tau`` or ``k`` is out of range.
+    """
+    check_thresholds(tau, k)
+    rectifiers = rectifiers or {}
+    layers = []
+    for name, norm in find_norm_states(state_dict).items():
+        if norm not in ('BN', 'psBN'):
+            continue
+        prefix = f'{name}.' if name else ''
+        gamma = _to_numpy([state_dict[prefix + 'weight']])
+        shift = _to_numpy([state_dict[prefix + ('bias' if norm == 'BN' else 'beta')]])
+        if norm == 'psBN':
+            shift = shift + np.float32(state_dict[prefix + 'shift'])
+        may_be_dead = name not in rectifiers or feeds_rectifier(rectifiers, name)
+        layers.append(
+            LayerCensus(
+                name=name,
+                norm=norm,
+                gamma=gamma,
+                shift=shift,
+                frozen=False,
+                rectifier=rectifiers.get(name),
+                vanished=np.abs(gamma) <= tau,
+                dead=rectifier_closed(gamma, shift, k) if may_be_dead else None,
+                trapped=None,
             )
         )
     return Census(layers, tau, k)

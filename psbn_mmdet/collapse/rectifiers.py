@@ -67,14 +67,7 @@ class RectifierTrace(TorchDispatchMode):
     @property
     def rectifiers(self) -> dict[str, str]:
         """What follows each layer that ran."""
-        return {
-            layer: 'relu'
-            if readers == {'relu'}
-            else 'leaky_relu'
-            if readers and readers <= {'relu', 'leaky_relu'}
-            else 'other'
-            for layer, readers in self._readers.items()
-        }
+        return {layer: what_follows(readers) for layer, readers in self._readers.items()}
 
     def __enter__(self) -> RectifierTrace:
         for name, norm in self._norms.items():
@@ -158,6 +151,21 @@ class ForwardTrace:
 
     def _exit(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._trace.__exit__(None, None, None)
+
+
+def what_follows(readers: set[str]) -> str:
+    """What follows a layer, from what each reader of its output is.
+
+    Args:
+        readers (set[str]): Of 'relu', 'leaky_relu' and 'other'.
+
+    Returns:
+        str: 'relu' if all readers are, 'leaky_relu' if they are rectifiers of either kind, else,
+        and if there is no reader, 'other'.
+    """
+    if readers == {'relu'}:
+        return 'relu'
+    return 'leaky_relu' if readers and readers <= {'relu', 'leaky_relu'} else 'other'
 
 
 def _rectifier(operation: str, args: tuple, kwargs: dict) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,7 +138,8 @@ class CollapseHook(Hook):
             if not isinstance(norm, PostShiftedBatchNorm) and any(k in state_dict for k in keys):
                 raise RuntimeError(
                     f'the checkpoint has psBN weights for {name}, which is BN in this model: set '
-                    "norm_cfg=dict(type='psBN') or convert the checkpoint to BN"
+                    "norm_cfg=dict(type='psBN') or convert the checkpoint with "
+                    'tools/convert_checkpoint.py --to bn'
                 )
 
     def before_train(self, runner: Runner) -> None:
@@ -150,6 +151,7 @@ class CollapseHook(Hook):
         if not norms:
             runner.logger.warning('CollapseHook: the model has no BN or psBN layer to watch.')
             return
+        _log_read_as_bn(runner, norms.values())
         optimizers = _optimizers(runner)
         warning = weight_decay_warning(norms, optimizers, runner.cfg.get('optim_wrapper') or {})
         if warning:
@@ -411,6 +413,15 @@ def _cell(count: int | None) -> str:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model.module) if is_model_wrapper(model) else model
+
+
+def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:
+    read = [n.read_as_bn for n in norms if isinstance(n, PostShiftedBatchNorm)]
+    if any(read):
+        runner.logger.info(
+            f'psBN: {sum(read)} of {len(read)} layers were read as BN (beta = bias - shift): the '
+            'network computes what it computed with BN.'
+        )
 
 
 def _optimizers(runner: Runner) -> list[Optimizer]:

@@ -1,6 +1,6 @@
 """The psBN layers, and conversion between them and BN."""
 
-from .convert import bn_to_psbn, psbn_to_bn
+from .convert import REVIVE, bn_to_psbn, feeds_rectifier, psbn_to_bn
 from .psbn import (
     PostShiftedBatchNorm,
     PostShiftedBatchNorm1d,
@@ -8,9 +8,12 @@ from .psbn import (
     PostShiftedBatchNorm3d,
     PostShiftedSyncBatchNorm,
     check_shift,
+    rectifier_closed,
 )
+from .state_dict import find_norm_states
 
 __all__ = [
+    'REVIVE',
     'PostShiftedBatchNorm',
     'PostShiftedBatchNorm1d',
     'PostShiftedBatchNorm2d',
@@ -18,5 +21,8 @@ __all__ = [
     'PostShiftedSyncBatchNorm',
     'bn_to_psbn',
     'check_shift',
+    'feeds_rectifier',
+    'find_norm_states',
     'psbn_to_bn',
+    'rectifier_closed',
 ]

@@ -1,11 +1,17 @@
-"""Conversion between BN and psBN that leaves the network's function as it is."""
+"""Conversion between BN and psBN that leaves the network's function as it is.
+
+Of modules and of state dicts. ``revive='collapsed'`` departs from that on purpose: the filters
+that are closed for good are opened by the shift, all others keep their function.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from mmengine.model.utils import _BatchNormXd
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .psbn import (
@@ -14,8 +20,11 @@ from .psbn import (
     PostShiftedBatchNorm2d,
     PostShiftedBatchNorm3d,
     PostShiftedSyncBatchNorm,
+    at_least_float32,
     check_shift,
+    rectifier_closed,
 )
+from .state_dict import find_norm_states
 
 _PSBN_OF_BN: dict[type[_BatchNorm], type[PostShiftedBatchNorm]] = {
     nn.BatchNorm1d: PostShiftedBatchNorm1d,
@@ -26,86 +35,144 @@ _PSBN_OF_BN: dict[type[_BatchNorm], type[PostShiftedBatchNorm]] = {
     _BatchNormXd: PostShiftedSyncBatchNorm,
 }
 _BN_OF_PSBN = {psbn: bn for bn, psbn in reversed(_PSBN_OF_BN.items())}
+REVIVE = ('none', 'collapsed')
+
+ModuleOrStateDict = TypeVar('ModuleOrStateDict', nn.Module, Mapping[str, Any])
 
 
-def bn_to_psbn(module: nn.Module, shift: float = 0.1) -> nn.Module:
-    """Replace BN layers by psBN; outputs stay as they are (beta = bias - shift).
+def bn_to_psbn(
+    network: ModuleOrStateDict,
+    shift: float = 0.1,
+    revive: str = 'none',
+    rectifiers: Mapping[str, str] | None = None,
+) -> ModuleOrStateDict:
+    """Replace BN by psBN; outputs stay as they are (beta = bias - shift).
 
-    Replaced are layers of torch's own BN classes with gamma and beta. Subclasses by others are
-    left alone, since they may compute something else, and so are layers without gamma or beta,
-    which could not make up for the shift.
+    In a module, layers of torch's own BN classes with gamma and bias are replaced. Subclasses by
+    others are left alone, since they may compute something else, and so are layers without gamma
+    or bias, which could not make up for the shift. In a state dict, BN is what has a running
+    variance, gamma and bias (see :func:`.find_norm_states`).
 
     Args:
-        module (nn.Module): The network, changed in place. The gamma parameters stay the same
-            objects, beta are new ones: build the optimiser after the conversion.
+        network (nn.Module | Mapping[str, Tensor]): A network, changed in place, or a state dict,
+            which is not changed. A network's gamma parameters stay the same objects, beta are
+            new ones: build the optimiser after the conversion.
         shift (float): The constant alpha of the new layers. Defaults to 0.1.
+        revive (str): 'none', or 'collapsed' to open filters that pass nothing: those with
+            ``bias + 3 * |gamma| <= 0`` keep ``beta = bias``, so that their effective shift is
+            ``bias + shift`` and, where that is above ``-3 * |gamma|``, gradient reaches them from
+            the first step on. The function changes at these filters. Defaults to 'none'.
+        rectifiers (Mapping[str, str], optional): What follows each layer, from
+            :func:`psbn_mmdet.collapse.trace_rectifiers`. Only layers before a rectifier are then
+            revived. None revives all, also those before a residual addition, where nothing was
+            closed. Defaults to None.
 
     Returns:
-        nn.Module: ``module``, or the new layer if ``module`` is a BN itself.
+        nn.Module | dict[str, Tensor]: ``network``, or the new layer if it is a BN itself; a new
+        dict for a state dict, with float32 for beta where bias is in half precision.
 
     Raises:
-        ValueError: If ``shift`` is not a finite number > 0.
+        ValueError: If ``shift`` is not a finite number > 0 or ``revive`` is not one of the two.
     """
     shift = check_shift(shift)
+    if revive not in REVIVE:
+        raise ValueError(f'revive must be one of {", ".join(REVIVE)}, got {revive!r}')
 
-    def convert(layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, _BatchNorm) or layer.weight is None or layer.bias is None:
-            return None
-        psbn_class = _PSBN_OF_BN.get(type(layer))
-        if psbn_class is None:
-            return None
-        psbn = psbn_class(
-            layer.num_features,
-            layer.eps,
-            layer.momentum,
-            track_running_stats=layer.track_running_stats,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-            shift=shift,
-        )
-        psbn.weight = layer.weight
-        psbn.beta = nn.Parameter(layer.bias.detach() - shift, layer.bias.requires_grad)
-        return _take_over_state(psbn, layer)
+    def beta(name: str, gamma: Tensor, bias: Tensor) -> Tensor:
+        converted = at_least_float32(bias) - shift
+        if revive == 'collapsed' and (rectifiers is None or feeds_rectifier(rectifiers, name)):
+            closed = rectifier_closed(gamma, bias)
+            converted[closed] = bias[closed].to(converted.dtype)
+        return converted
 
-    return _replace(module, convert)
+    if isinstance(network, nn.Module):
+        return _replace(network, lambda name, layer: _to_psbn(name, layer, shift, beta))
+    edits = {}
+    for name, kind in find_norm_states(network).items():
+        if kind == 'BN':
+            prefix = f'{name}.' if name else ''
+            new = beta(name, network[f'{prefix}weight'], network[f'{prefix}bias'])
+            edits[f'{prefix}bias'] = {
+                f'{prefix}beta': new,
+                f'{prefix}shift': new.new_tensor(shift),
+            }
+    return _edited(network, edits)
 
 
-def psbn_to_bn(module: nn.Module) -> nn.Module:
-    """Replace psBN layers by torch's BN; outputs stay as they are (bias = beta + shift).
+def psbn_to_bn(network: ModuleOrStateDict) -> ModuleOrStateDict:
+    """Replace psBN by BN; outputs stay as they are (bias = beta + shift).
 
     For what knows torch's own classes only: the fusing of torch.fx, the quantisation of torch.ao,
     flops counters, the generic SyncBN converters, or a network that goes to somebody without this
     package.
 
     Args:
-        module (nn.Module): The network, changed in place. The gamma parameters stay the same
-            objects, bias are new ones: build the optimiser after the conversion.
+        network (nn.Module | Mapping[str, Tensor]): A network, changed in place, or a state dict,
+            which is not changed. A network's gamma parameters stay the same objects, bias are
+            new ones: build the optimiser after the conversion.
 
     Returns:
-        nn.Module: ``module``, or the new layer if ``module`` is a psBN itself.
+        nn.Module | dict[str, Tensor]: ``network``, or the new layer if it is a psBN itself; a new
+        dict for a state dict.
     """
+    if isinstance(network, nn.Module):
+        return _replace(network, lambda _, layer: _to_bn(layer))
+    edits: dict[str, dict[str, Tensor]] = {}
+    for name, kind in find_norm_states(network).items():
+        if kind == 'psBN':
+            prefix = f'{name}.' if name else ''
+            beta, shift = network[f'{prefix}beta'], network[f'{prefix}shift']
+            bias = (at_least_float32(beta) + at_least_float32(shift)).to(beta.dtype)
+            edits[f'{prefix}beta'] = {f'{prefix}bias': bias}
+            edits[f'{prefix}shift'] = {}
+    return _edited(network, edits)
 
-    def convert(layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, PostShiftedBatchNorm):
-            return None
-        bn_class = _BN_OF_PSBN[type(layer)]
-        bn = bn_class(
-            layer.num_features,
-            layer.eps,
-            layer.momentum,
-            track_running_stats=layer.track_running_stats,
-            device=layer.shift.device,
-            dtype=layer.shift.dtype,
-        )
-        if layer.weight is None:
-            bn.weight.requires_grad_(False)
-        else:
-            bn.weight = layer.weight
-        trained = layer.beta is not None and layer.beta.requires_grad
-        bn.bias = nn.Parameter(layer.bias.detach(), trained)
-        return _take_over_state(bn, layer)
 
-    return _replace(module, convert)
+def feeds_rectifier(rectifiers: Mapping[str, str], name: str) -> bool:
+    """Whether a layer's output goes into rectifiers and nothing else."""
+    return rectifiers.get(name) in ('relu', 'leaky_relu')
+
+
+def _to_psbn(name: str, layer: nn.Module, shift: float, beta: Callable) -> nn.Module | None:
+    if not isinstance(layer, _BatchNorm) or layer.weight is None or layer.bias is None:
+        return None
+    psbn_class = _PSBN_OF_BN.get(type(layer))
+    if psbn_class is None:
+        return None
+    psbn = psbn_class(
+        layer.num_features,
+        layer.eps,
+        layer.momentum,
+        track_running_stats=layer.track_running_stats,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+        shift=shift,
+    )
+    psbn.weight = layer.weight
+    new_beta = beta(name, layer.weight.detach(), layer.bias.detach()).to(layer.bias.dtype)
+    psbn.beta = nn.Parameter(new_beta, layer.bias.requires_grad)
+    return _take_over_state(psbn, layer)
+
+
+def _to_bn(layer: nn.Module) -> nn.Module | None:
+    if not isinstance(layer, PostShiftedBatchNorm):
+        return None
+    bn_class = _BN_OF_PSBN[type(layer)]
+    bn = bn_class(
+        layer.num_features,
+        layer.eps,
+        layer.momentum,
+        track_running_stats=layer.track_running_stats,
+        device=layer.shift.device,
+        dtype=layer.shift.dtype,
+    )
+    if layer.weight is None:
+        bn.weight.requires_grad_(False)
+    else:
+        bn.weight = layer.weight
+    trained = layer.beta is not None and layer.beta.requires_grad
+    bn.bias = nn.Parameter(layer.bias.detach(), trained)
+    return _take_over_state(bn, layer)
 
 
 def _take_over_state(new: _BatchNorm, old: _BatchNorm) -> nn.Module:
@@ -117,12 +184,22 @@ def _take_over_state(new: _BatchNorm, old: _BatchNorm) -> nn.Module:
     return new.train(old.training)
 
 
-def _replace(module: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+def _replace(module: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> Any:
     """Replace each submodule, or the root, by what ``convert`` returns unless that is None."""
-    new_of_old = {old: convert(old) for old in module.modules()}
+    new_of_old = {old: convert(name, old) for name, old in module.named_modules()}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is not None and new_of_old[child] is not None:
                 parent._modules[name] = new_of_old[child]
     root = new_of_old[module]
     return module if root is None else root
+
+
+def _edited(state_dict: Mapping[str, Any], edits: Mapping[str, dict[str, Tensor]]) -> Any:
+    """A copy of a state dict with each key of ``edits`` replaced, in its place, by other items."""
+    edited: Any = OrderedDict()
+    for key, value in state_dict.items():
+        edited.update(edits.get(key, {key: value}))
+    if hasattr(state_dict, '_metadata'):  # torch's versions of the modules
+        edited._metadata = state_dict._metadata
+    return edited

@@ -43,6 +43,25 @@ def check_shift(shift: float) -> float:
     return float(shift)
 
 
+def rectifier_closed(gamma: Any, shift: Any, k: float = 3.0) -> Any:
+    """Whether a rectifier behind BN opens only beyond k standard deviations.
+
+    With xhat ~ N(0, 1), ``gamma * xhat + b > 0`` for at most Phi(-k) of the inputs, 0.135 % with
+    k = 3, if and only if::
+
+        b + k * |gamma| <= 0
+
+    Args:
+        gamma (Tensor | np.ndarray): Scale, shape (C,).
+        shift (Tensor | np.ndarray): Effective shift b, shape (C,).
+        k (float): Standard deviations. Defaults to 3.
+
+    Returns:
+        Tensor | np.ndarray: Bool, shape (C,).
+    """
+    return shift + k * abs(gamma) <= 0
+
+
 class PostShiftedBatchNorm(_BatchNorm):
     """Base class of the psBN layers; it is to them what torch's ``_BatchNorm`` is to BN.
 
@@ -65,9 +84,14 @@ class PostShiftedBatchNorm(_BatchNorm):
         bias (bool): Whether beta is trained. Defaults to True.
         shift (float): The constant alpha, a finite number > 0. Defaults to 0.1.
 
+    Attributes:
+        read_as_bn (bool): Whether what was loaded last was a BN state dict.
+
     Raises:
         ValueError: If ``shift`` is not a finite number > 0.
     """
+
+    read_as_bn = False
 
     def __init__(
         self,
@@ -140,19 +164,18 @@ class PostShiftedBatchNorm(_BatchNorm):
         beta, bias, shift = (state_dict.get(prefix + key) for key in ('beta', 'bias', 'shift'))
         own = float(torch.tensor(self.shift_value))  # as a float32, like the one in the file
         other = own if shift is None else float(shift)
+        is_bn = beta is None and bias is not None
+        if is_bn or beta is not None:
+            self.read_as_bn = is_bn
         if self.beta is None:
             if other != own:
                 error_msgs.append(
                     f'{prefix}shift is {other:g} in the state dict and {own:g} in this layer, '
                     f'which has no beta to make up for it: build the layer with shift={other:g}'
                 )
-        elif (beta is None and bias is not None) or (beta is not None and other != own):
-            if beta is None:
-                source = state_dict.pop(prefix + 'bias')
-                effective = _at_least_float32(source)
-            else:
-                source = beta
-                effective = _at_least_float32(beta) + other
+        elif is_bn or (beta is not None and other != own):
+            source: Any = state_dict.pop(prefix + 'bias') if is_bn else beta
+            effective = at_least_float32(source) + (0 if is_bn else other)
             new_beta = effective - own
             if local_metadata.get('assign_to_params_buffers', False):
                 new_beta = new_beta.to(source.dtype)
@@ -163,7 +186,8 @@ class PostShiftedBatchNorm(_BatchNorm):
         )
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

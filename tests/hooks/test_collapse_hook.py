@@ -392,6 +392,21 @@ def test_psbn_weights_are_not_loaded_into_bn(tmp_path):
         run(tmp_path / 'run', Classifier(), load_from=str(tmp_path / 'psbn.pth'))
 
 
+def test_one_line_says_how_many_layers_were_read_as_bn(tmp_path):
+    torch.save(Classifier().state_dict(), tmp_path / 'bn.pth')
+    psbn = Classifier(PostShiftedBatchNorm2d)
+    runner = run(tmp_path / 'run', psbn, epochs=1, load_from=str(tmp_path / 'bn.pth'))
+    assert texts(tmp_path / 'run').count('2 of 2 layers were read as BN') == 1
+    assert 'unexpected key' not in texts(tmp_path / 'run')
+    assert 'missing keys' not in texts(tmp_path / 'run')
+    checkpoint = str(tmp_path / 'run/epoch_1.pth')
+    for name, resume in (('loaded', False), ('resumed', True)):
+        psbn = Classifier(PostShiftedBatchNorm2d)
+        run(tmp_path / name, psbn, load_from=checkpoint, resume=resume)
+        assert 'read as BN' not in texts(tmp_path / name)
+    assert runner.iter == 12
+
+
 def test_efficient_conv_bn_eval_is_refused_with_psbn(tmp_path):
     cfg = dict(efficient_conv_bn_eval='[stem]')
     with pytest.raises(RuntimeError, match='remove efficient_conv_bn_eval'):

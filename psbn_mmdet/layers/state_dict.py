@@ -1,0 +1,48 @@
+"""Which entries of a state dict belong to BN and psBN layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Find the BN and psBN layers in a state dict, from nothing but its keys and shapes.
+
+    BN is what has a running variance; LayerNorm and GroupNorm have none. An InstanceNorm that
+    tracks its statistics has the same entries and cannot be told apart.
+
+    Args:
+        state_dict (Mapping[str, Any]): The state dict.
+
+    Returns:
+        dict[str, str]: By layer name, in the order of the file, '' for a layer that is itself the
+        network: 'BN', 'psBN', or why the layer can be taken for neither, such as 'no gamma'.
+    """
+    found: dict[str, str] = {}
+    for key in state_dict:
+        name, _, entry = str(key).rpartition('.')
+        if entry not in ('running_var', 'beta') or name in found:
+            continue
+        prefix = f'{name}.' if name else ''
+        entries = {
+            entry: state_dict.get(prefix + entry)
+            for entry in ('weight', 'bias', 'beta', 'shift', 'running_var')
+        }
+        has = {entry for entry, value in entries.items() if isinstance(value, Tensor)}
+        if not has >= {'beta', 'shift'} and 'running_var' not in has:
+            continue
+        shapes = {entries[entry].shape for entry in has - {'shift'}}  # type: ignore[union-attr]
+        if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+            found[name] = 'shapes differ'
+        elif 'weight' not in has:
+            found[name] = 'no gamma'
+        elif has >= {'beta', 'shift'}:
+            found[name] = 'psBN'
+        elif 'shift' in has:
+            found[name] = 'no beta'
+        else:
+            found[name] = 'BN' if 'bias' in has else 'no bias'
+    return found

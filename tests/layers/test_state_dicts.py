@@ -1,0 +1,235 @@
+"""BN and psBN in state dicts: finding them, converting them, reviving what is collapsed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from psbn_mmdet.layers import PostShiftedBatchNorm2d, bn_to_psbn, find_norm_states, psbn_to_bn
+
+# Each family of MMDetection's backbones with BN, as small as it goes.
+BACKBONES = {
+    'ResNet': dict(type='ResNet', depth=50, base_channels=8),
+    'ResNet, deep stem': dict(type='ResNet', depth=18, base_channels=8, deep_stem=True),
+    'ResNeXt': dict(type='ResNeXt', depth=50, groups=4, base_width=4, base_channels=16),
+    'ResNeSt': dict(type='ResNeSt', depth=50, base_channels=16, stem_channels=16, radix=2),
+    'Res2Net': dict(type='Res2Net', depth=50, scales=4, base_width=26),
+    'RegNet': dict(type='RegNet', arch='regnetx_400mf'),
+    'DetectoRS_ResNet': dict(type='DetectoRS_ResNet', depth=50, base_channels=8),
+    'HRNet': dict(
+        type='HRNet',
+        extra=dict(
+            stage1=dict(
+                num_modules=1,
+                num_branches=1,
+                block='BOTTLENECK',
+                num_blocks=(1,),
+                num_channels=(8,),
+            ),
+            stage2=dict(
+                num_modules=1,
+                num_branches=2,
+                block='BASIC',
+                num_blocks=(1, 1),
+                num_channels=(8, 16),
+            ),
+            stage3=dict(
+                num_modules=1,
+                num_branches=3,
+                block='BASIC',
+                num_blocks=(1, 1, 1),
+                num_channels=(8, 16, 32),
+            ),
+            stage4=dict(
+                num_modules=1,
+                num_branches=4,
+                block='BASIC',
+                num_blocks=(1, 1, 1, 1),
+                num_channels=(8, 16, 32, 64),
+            ),
+        ),
+    ),
+    'HourglassNet': dict(
+        type='HourglassNet',
+        downsample_times=2,
+        num_stacks=1,
+        stage_channels=(16, 16, 32),
+        stage_blocks=(1, 1, 1),
+        feat_channel=16,
+        norm_cfg=dict(type='BN'),
+    ),
+    'Darknet': dict(type='Darknet', depth=53),
+    'CSPDarknet': dict(type='CSPDarknet', deepen_factor=0.33, widen_factor=0.125),
+    'CSPNeXt': dict(type='CSPNeXt', deepen_factor=0.17, widen_factor=0.125),
+    'MobileNetV2': dict(type='MobileNetV2', widen_factor=0.25),
+    'EfficientNet': dict(type='EfficientNet', arch='b0', out_indices=(2, 3, 4)),
+}
+
+
+def build(cfg: dict, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS.build({**cfg, **kwargs})
+    model.eval()  # which returns None for some
+    return model
+
+
+def with_realistic_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Spread parameters and statistics, but so that no layer magnifies rounding errors much."""
+    generator = torch.Generator().manual_seed(0)
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.weight.data.uniform_(0.3, 1.2, generator=generator)
+            norm.bias.data.normal_(0, 0.3, generator=generator)
+            norm.momentum, norm.training = 0.5, True
+    with torch.no_grad():
+        model(images)
+    model.eval()
+    return model
+
+
+def outputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    with torch.no_grad():
+        found = model(images)
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def largest_difference(one: list, other: list) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize('family', BACKBONES)
+def test_conversion_keeps_the_function_of_each_backbone(family):
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    bn = with_realistic_norms(build(BACKBONES[family]), images)
+    expected = outputs(bn, images)
+    assert 0.01 < max(output.abs().max().item() for output in expected) < 100
+
+    module = bn_to_psbn(copy.deepcopy(bn), shift=0.3)
+    assert any(isinstance(m, PostShiftedBatchNorm2d) for m in module.modules())
+    assert largest_difference(outputs(module, images), expected) <= 1e-5
+
+    state_dict = bn_to_psbn(bn.state_dict(), shift=0.3)
+    eps = next(norm.eps for norm in bn.modules() if isinstance(norm, _BatchNorm))
+    psbn = build(BACKBONES[family], norm_cfg=dict(type='psBN', shift=0.3, eps=eps))
+    if family == 'HourglassNet':  # gives norm_cfg to some of its layers only
+        bn_to_psbn(psbn, shift=0.3)
+    psbn.load_state_dict(state_dict)
+    assert largest_difference(outputs(psbn, images), expected) <= 1e-5
+
+    bn.load_state_dict(psbn_to_bn(state_dict))
+    assert largest_difference(outputs(bn, images), expected) <= 1e-5
+    assert largest_difference(outputs(psbn_to_bn(module), images), expected) <= 1e-5
+
+
+def test_a_state_dict_is_converted_in_a_copy_with_its_order_and_metadata():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    state_dict = model.state_dict()
+    before = list(state_dict)
+    converted = bn_to_psbn(state_dict)
+    assert list(state_dict) == before
+    expected = ['0.weight', '0.bias', '1.weight', '1.beta', '1.shift', '1.running_mean']
+    assert list(converted)[:6] == expected
+    assert converted._metadata == state_dict._metadata
+    assert list(psbn_to_bn(converted)) == before
+
+
+def test_half_precision_loses_nothing_more():
+    norm = nn.BatchNorm2d(64).half()
+    norm.bias.data.normal_(0, 1)
+    converted = bn_to_psbn(norm.state_dict(), shift=0.1)
+    assert converted['beta'].dtype == torch.float32
+    assert torch.allclose(converted['beta'] + 0.1, norm.bias.float(), atol=1e-7)
+    half = PostShiftedBatchNorm2d(64).half()
+    half.beta.data.normal_(0, 1)
+    assert torch.equal(psbn_to_bn(half.state_dict())['bias'], half.bias)
+
+
+def test_layers_are_found_by_their_entries():
+    model = nn.ModuleDict(
+        dict(
+            bn=nn.BatchNorm2d(4),
+            psbn=PostShiftedBatchNorm2d(4),
+            without_statistics=PostShiftedBatchNorm2d(4, track_running_stats=False),
+            plain=nn.BatchNorm2d(4, affine=False),
+            shift_only=PostShiftedBatchNorm2d(4, bias=False),
+            group=nn.GroupNorm(2, 4),
+            layer=nn.LayerNorm(4),
+            linear=nn.Linear(4, 4),
+        )
+    )
+    state_dict = dict(model.state_dict(), **{'scaled.weight': torch.ones(4)})
+    state_dict['scaled.running_var'] = torch.ones(4)
+    state_dict['odd.weight'], state_dict['odd.bias'] = torch.ones(4), torch.ones(5)
+    state_dict['odd.running_var'] = torch.ones(4)
+    assert find_norm_states(state_dict) == {
+        'bn': 'BN',
+        'psbn': 'psBN',
+        'without_statistics': 'psBN',
+        'plain': 'no gamma',
+        'shift_only': 'no beta',
+        'scaled': 'no bias',
+        'odd': 'shapes differ',
+    }
+    assert find_norm_states(nn.BatchNorm2d(4).state_dict()) == {'': 'BN'}
+
+
+def test_what_cannot_be_converted_is_left_alone():
+    model = nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.LayerNorm(4), nn.GroupNorm(2, 4))
+    state_dict = model.state_dict()
+    converted = bn_to_psbn(state_dict)
+    assert list(converted) == list(state_dict)
+    assert all(torch.equal(converted[key], state_dict[key]) for key in state_dict)
+
+
+# Revival: channel 0 is collapsed, 1 dead with a gamma, 2 vanished but alive, 3 far below, 4 well.
+GAMMA = [0.0, 0.01, 0.0, 0.01, 1.0]
+BIAS = [0.0, -0.05, 0.2, -5.0, 0.1]
+OPENED = [0, 1, 3]
+
+
+def half_collapsed() -> nn.Sequential:
+    model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), nn.BatchNorm2d(5))
+    for norm in (model[0], model[2]):
+        norm.weight.data, norm.bias.data = torch.tensor(GAMMA), torch.tensor(BIAS)
+    return model.eval()
+
+
+@pytest.mark.parametrize('of', ['module', 'state dict'])
+def test_reviving_leaves_the_shift_in_where_nothing_passes(of):
+    model = half_collapsed()
+    if of == 'module':
+        psbn = bn_to_psbn(copy.deepcopy(model), revive='collapsed')
+    else:
+        psbn = bn_to_psbn(half_collapsed())
+        psbn.load_state_dict(bn_to_psbn(model.state_dict(), revive='collapsed'))
+    for old, new in ((model[0], psbn[0]), (model[2], psbn[2])):
+        rise = (new.bias - old.bias).detach()
+        assert torch.allclose(rise[OPENED], torch.full((3,), 0.1))
+        assert torch.allclose(rise[[2, 4]], torch.zeros(2), atol=1e-7)
+
+
+def test_revived_filters_get_gradient_from_the_first_step_on():
+    for revive, trained in (('none', [2, 4]), ('collapsed', [0, 1, 2, 4])):
+        model = bn_to_psbn(half_collapsed(), revive=revive)
+        model[:2](torch.randn(8, 5, 6, 6)).sum().backward()
+        # Channel 3 lies deeper than the shift reaches.
+        assert model[0].beta.grad.nonzero().flatten().tolist() == trained, revive
+
+
+def test_with_what_follows_only_layers_before_a_rectifier_are_revived():
+    model = half_collapsed()
+    psbn = bn_to_psbn(copy.deepcopy(model), revive='collapsed', rectifiers={'0': 'relu'})
+    assert (psbn[0].bias - model[0].bias)[OPENED].detach().allclose(torch.full((3,), 0.1))
+    assert psbn[2].bias.allclose(model[2].bias)
+
+
+def test_a_wrong_option_is_named():
+    with pytest.raises(ValueError, match="none, collapsed, got 'all'"):
+        bn_to_psbn(half_collapsed(), revive='all')
+    with pytest.raises(ValueError, match='finite number > 0, got -1'):
+        bn_to_psbn({}, shift=-1)
