@@ -69,7 +69,7 @@ setup(
     packages=find_packages(include=['psbn_mmdet', 'psbn_mmdet.*']),
     package_data={'psbn_mmdet': ['py.typed']},
     python_requires='>=3.10',
-    install_requires=['torch', 'numpy', 'matplotlib', 'rich'],
+    install_requires=['torch', 'numpy', 'matplotlib', 'rich', 'safetensors'],
     extras_require=EXTRAS,
     zip_safe=False,
 )

@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import re
 import sys
 import urllib.request
-import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
@@ -27,7 +25,8 @@ from mmengine.device import get_device
 from mmengine.registry import MODELS
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-from .layers import PostShiftedBatchNorm, check_shift
+from .checkpoints import CheckpointError, read_torch
+from .layers import PostShiftedBatchNorm, check_shift, find_norm_states
 
 URL_TIMEOUT = 5  # seconds
 CHECKPOINT_MEND = 'give the path of a checkpoint that exists'
@@ -338,32 +337,18 @@ def _check_url(url: str, setting: str, mend: str) -> None:
 
 def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
     try:
-        # Mapped, so that only the names and the other small things are read.
-        mmap = zipfile.is_zipfile(file)
-        content = torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever a broken or hostile file brings about
-        unsafe = re.search(r'GLOBAL (\S+)', str(error))
-        if unsafe:
-            raise PreflightError(
-                f'{setting} {file} is not loaded since it asks for {unsafe[1]}, which may run any '
-                'code: use a file of tensors and plain values, or, if you trust it, allow this by '
-                'torch.serialization.add_safe_globals in a module of custom_imports'
-            ) from error
-        raise PreflightError(
-            f'{setting} {file} cannot be read as a PyTorch file of tensors and plain values, '
-            'perhaps since it is incomplete: replace the file'
-        ) from error
+        content = read_torch(file)
+    except CheckpointError as error:
+        raise PreflightError(f'{setting} {error}') from error
     state_dict = content.get('state_dict', content) if isinstance(content, dict) else {}
-    psbn_layers = (
-        key[: -len('.beta')]
-        for key in state_dict
-        if str(key).endswith('.beta') and key[: -len('beta')] + 'shift' in state_dict
+    psbn_layer = next(
+        (n for n, kind in find_norm_states(state_dict).items() if kind == 'psBN'), None
     )
-    psbn_layer = next(psbn_layers, None)
     if psbn_layer is not None and next(_psbn_cfgs(cfg), None) is None:
         raise PreflightError(
             f'{setting} {file} holds psBN layers ({psbn_layer}, ...), the model of the config has '
-            "none: set norm_cfg=dict(type='psBN') or convert the checkpoint to BN"
+            "none: set norm_cfg=dict(type='psBN') or convert the checkpoint with "
+            'tools/convert_checkpoint.py --to bn'
         )
 
 

@@ -1,0 +1,96 @@
+"""The config that MMEngine keeps as text in a checkpoint, edited without running it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_TO_PSBN = {name: f'ps{name}' for name in ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN')}
+_TO_BN = {psbn: bn for bn, psbn in _TO_PSBN.items()}
+_PACKAGE = 'psbn_mmdet'
+_IMPORT = f"custom_imports = dict(imports=['{_PACKAGE}'], allow_failed_imports=False)"
+
+
+def config_to_psbn(text: str, shift: float) -> str:
+    """Make psBN of the BN types in a config's text, and import this package.
+
+    Raises:
+        SyntaxError: If the text is no Python.
+    """
+    tree = ast.parse(text)
+    if not _replace_types(tree, _TO_PSBN, shift):
+        return text
+    imports = _value(_assigned(tree, 'custom_imports'), 'imports')
+    if imports is None:
+        tree.body += ast.parse(_IMPORT).body
+    elif isinstance(imports, ast.List) and _PACKAGE not in map(_constant, imports.elts):
+        imports.elts.append(ast.Constant(_PACKAGE))
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def config_to_bn(text: str) -> str:
+    """Make BN of the psBN types in a config's text, so that it works without this package.
+
+    Raises:
+        SyntaxError: If the text is no Python.
+    """
+    tree = ast.parse(text)
+    if not _replace_types(tree, _TO_BN, None):
+        return text
+    imports = _value(_assigned(tree, 'custom_imports'), 'imports')
+    if isinstance(imports, ast.List):
+        imports.elts = [item for item in imports.elts if _constant(item) != _PACKAGE]
+    hooks = _assigned(tree, 'custom_hooks')
+    if isinstance(hooks, ast.List):
+        hooks.elts = [h for h in hooks.elts if _constant(_value(h, 'type')) != 'CollapseHook']
+    return ast.unparse(tree)
+
+
+def _replace_types(tree: ast.AST, new_of_old: Mapping[str, str], shift: float | None) -> bool:
+    """Replace the norm types in ``dict(type=...)`` and ``{'type': ...}``; whether there were any.
+
+    Each then has the ``shift``, or none if that is None or the default.
+    """
+    changed = False
+    for node in ast.walk(tree):
+        kind = _value(node, 'type')
+        new = new_of_old.get(str(_constant(kind)))
+        if new is None or not isinstance(kind, ast.Constant):
+            continue
+        changed = True
+        kind.value = new
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != 'shift']
+            if shift not in (None, 0.1):
+                node.keywords.append(ast.keyword('shift', ast.Constant(shift)))
+        elif isinstance(node, ast.Dict):
+            items = [(k, v) for k, v in zip(node.keys, node.values) if _constant(k) != 'shift']
+            if shift not in (None, 0.1):
+                items.append((ast.Constant('shift'), ast.Constant(shift)))
+            node.keys, node.values = [k for k, _ in items], [v for _, v in items]
+    return changed
+
+
+def _items(node: ast.AST | None) -> Iterator[tuple[Any, ast.expr]]:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+        for keyword in node.keywords:
+            yield keyword.arg, keyword.value
+    elif isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values):
+            yield _constant(key), value
+
+
+def _value(node: ast.AST | None, wanted: str) -> ast.expr | None:
+    return next((value for key, value in _items(node) if key == wanted), None)
+
+
+def _constant(node: ast.AST | None) -> Any:
+    return node.value if isinstance(node, ast.Constant) else None
+
+
+def _assigned(tree: ast.Module, name: str) -> ast.expr | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]:
+            return node.value
+    return None

@@ -1,0 +1,122 @@
+"""Conversion of a whole checkpoint between BN and psBN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..layers import bn_to_psbn, find_norm_states, psbn_to_bn
+from .config_text import config_to_bn, config_to_psbn
+from .files import CheckpointError, find_state_dicts, wrapper_of
+
+
+@dataclass
+class Conversion:
+    """What was done to a checkpoint.
+
+    Attributes:
+        converted (dict[str, list[str]]): Layers by state dict.
+        left (dict[str, str]): Layers left alone, and why.
+        opened (dict[str, list[int]]): Channels whose shift was left in, by layer.
+        renamed (int): Entries of optimiser states that go by the parameters' names.
+        configs (int): Texts of configs whose norm types were replaced.
+    """
+
+    converted: dict[str, list[str]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    opened: dict[str, list[int]] = field(default_factory=dict)
+    renamed: int = 0
+    configs: int = 0
+
+
+def convert_checkpoint(
+    content: Any,
+    to: str,
+    shift: float = 0.1,
+    revive: str = 'none',
+    rectifiers: Mapping[str, str] | None = None,
+) -> tuple[Any, Conversion]:
+    """Convert all state dicts in a checkpoint, and what else speaks of their layers.
+
+    Averages (EMA) are converted like the network. The optimiser's state needs no change where it
+    goes by the parameters' order, since beta stands where bias stood; where it goes by names, they
+    are replaced. The momentum of beta is that of bias. In the texts of configs that MMEngine puts
+    into its checkpoints the norm types are replaced; the texts are not run.
+
+    Args:
+        content (Any): What :func:`.read_content` returned; not changed.
+        to (str): 'psbn' or 'bn'.
+        shift (float): See :func:`psbn_mmdet.layers.bn_to_psbn`. Defaults to 0.1.
+        revive (str): See :func:`psbn_mmdet.layers.bn_to_psbn`. Defaults to 'none'.
+        rectifiers (Mapping[str, str], optional): What follows each layer, by the names without
+            those of wrappers (``module.``). Defaults to None.
+
+    Returns:
+        tuple[Any, Conversion]: The converted content and what was done.
+
+    Raises:
+        CheckpointError: If there is nothing to convert.
+        ValueError: If ``shift`` or ``revive`` is not valid.
+    """
+    done = Conversion()
+    old_kind = 'BN' if to == 'psbn' else 'psBN'
+    old_entry, new_entry = ('bias', 'beta') if to == 'psbn' else ('beta', 'bias')
+    new_dicts: dict[int, Any] = {}  # by the identity of the old one
+    names: dict[str, str] = {}
+    found = dict(find_state_dicts(content))
+    for key, state_dict in found.items():
+        layers = find_norm_states(state_dict)
+        for name, kind in layers.items():
+            if kind == old_kind:
+                done.converted.setdefault(key, []).append(name)
+                prefix = f'{name}.' if name else ''
+                names[prefix + old_entry] = prefix + new_entry
+            elif kind not in ('BN', 'psBN'):
+                done.left[name] = kind
+        if to == 'psbn':
+            wrapper = wrapper_of(state_dict)
+            own = rectifiers and {wrapper + name: kind for name, kind in rectifiers.items()}
+            new = bn_to_psbn(state_dict, shift, revive, own)
+            for name in done.converted.get(key, []):
+                prefix = f'{name}.' if name else ''
+                moved = new[prefix + 'beta'] - state_dict[prefix + 'bias'] + shift > shift / 2
+                if moved.any():
+                    done.opened[name] = moved.nonzero().flatten().tolist()
+        else:
+            new = psbn_to_bn(state_dict)
+        new_dicts[id(state_dict)] = new
+    if not done.converted:
+        held = {kind for sd in found.values() for kind in find_norm_states(sd).values()}
+        raise CheckpointError(
+            f'there is no {old_kind} to convert, '
+            + (f'the layers are {" and ".join(sorted(held))}' if held else 'no norm layer at all')
+        )
+
+    def rebuilt(value: Any, key: Any = None) -> Any:
+        if id(value) in new_dicts:
+            return new_dicts[id(value)]
+        if isinstance(value, dict):
+            new = value.copy()  # of the same class
+            new.clear()
+            new.update((rebuilt(k), rebuilt(v, k)) for k, v in value.items())
+            return new
+        if type(value) in (list, tuple):
+            return type(value)(map(rebuilt, value))
+        if isinstance(value, str):
+            if value in names:
+                done.renamed += 1
+                return names[value]
+            if key == 'cfg':
+                return _config(value)
+        return value
+
+    def _config(text: str) -> str:
+        try:
+            new = config_to_psbn(text, shift) if to == 'psbn' else config_to_bn(text)
+        except SyntaxError:
+            return text
+        done.configs += new != text
+        return new
+
+    return rebuilt(content), done

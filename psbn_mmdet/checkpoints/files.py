@@ -1,0 +1,206 @@
+"""Reading and writing checkpoint files: PyTorch, safetensors, ONNX. Nobody's pickle runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..layers import find_norm_states
+from .onnx import read_onnx
+
+# What wraps a network and puts its name before every key.
+_WRAPPERS = ('module.', '_orig_mod.')
+
+
+class CheckpointError(ValueError):
+    """Why a checkpoint file cannot be read, converted or written, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's parameters, as found in a file.
+
+    Attributes:
+        state_dict (Mapping[str, Any]): By name, without the ``module.`` of a wrapper.
+        key (str): Where in the file they stand, such as 'state_dict'; '' for the file itself.
+        others (list[str]): Where further state dicts stand, such as 'ema_state_dict'.
+        rectifiers (dict[str, str]): What follows each layer, where the file tells (ONNX).
+    """
+
+    state_dict: Mapping[str, Any]
+    key: str = ''
+    others: list[str] = field(default_factory=list)
+    rectifiers: dict[str, str] = field(default_factory=dict)
+
+
+def read_content(path: str | os.PathLike) -> Any:
+    """Read a PyTorch or safetensors file.
+
+    Args:
+        path (str | PathLike): The file. The ending ``.safetensors`` tells that format.
+
+    Returns:
+        Any: What is in it, on the CPU.
+
+    Raises:
+        CheckpointError: If there is no such file, if it is broken, or if it asks for more than
+            tensors and plain values.
+    """
+    path = _existing(path)
+    if not path.endswith('.safetensors'):
+        return read_torch(path)
+    try:
+        with safe_open(path, 'pt') as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f'{path} cannot be read as a safetensors file ({error}): replace the file'
+        ) from error
+
+
+def read_torch(path: str | os.PathLike) -> Any:
+    """Read a PyTorch file; tensors are mapped, not read, where that is possible.
+
+    Args:
+        path (str | PathLike): The file, whatever its ending.
+
+    Returns:
+        Any: What is in it, on the CPU.
+
+    Raises:
+        CheckpointError: See :func:`read_content`.
+    """
+    path = _existing(path)
+    try:
+        mmap = zipfile.is_zipfile(path)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever a broken or hostile file brings about
+        unsafe = re.search(r'GLOBAL (\S+)', str(error))
+        if unsafe:
+            raise CheckpointError(
+                f'{path} is not loaded since it asks for {unsafe[1]}, which may run any code: use '
+                'a file of tensors and plain values, or, if you trust it, allow this by '
+                'torch.serialization.add_safe_globals in a module that is imported before (when '
+                'training, one of custom_imports)'
+            ) from error
+        raise CheckpointError(
+            f'{path} cannot be read as a PyTorch file of tensors and plain values, perhaps since '
+            'it is incomplete: replace the file'
+        ) from error
+
+
+def _existing(path: str | os.PathLike) -> str:
+    if not os.path.isfile(path):
+        raise CheckpointError(f'{os.fspath(path)} does not exist: give the path of a checkpoint')
+    return os.fspath(path)
+
+
+def write_content(content: Any, path: str | os.PathLike) -> None:
+    """Write a PyTorch or safetensors file, whole or not at all.
+
+    Args:
+        content (Any): What to write; for safetensors a dict of tensors.
+        path (str | PathLike): A file that does not exist yet. The ending ``.safetensors`` tells
+            that format.
+
+    Raises:
+        CheckpointError: If the file exists, or the format cannot hold the content.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise CheckpointError(f'{path} exists and is not overwritten: give another name')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + '.part')
+    try:
+        if path.suffix == '.safetensors':
+            if not all(isinstance(value, Tensor) for value in content.values()):
+                raise CheckpointError(
+                    f'{path}: safetensors files hold tensors only, this checkpoint has more: '
+                    'write a .pth file'
+                )
+            save_file({key: value.contiguous() for key, value in content.items()}, part)
+        else:
+            torch.save(content, part)
+        os.replace(part, path)
+    except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
+        raise CheckpointError(
+            f'{path} cannot be written ({error}): make room or give another place'
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def find_state_dicts(content: Any, path: str = '') -> Iterator[tuple[str, dict]]:
+    """Find the dicts in a file's content that hold BN or psBN layers, each with its path."""
+    if not isinstance(content, dict):
+        return
+    if find_norm_states(content):
+        yield path, content
+        return
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from find_state_dicts(value, f'{path}.{key}' if path else key)
+
+
+def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
+    """Read a network's parameters from a checkpoint of whatever origin.
+
+    A file may hold several networks, such as an average beside the trained one; the first that
+    is no average is taken.
+
+    Args:
+        path (str | PathLike): PyTorch, safetensors (``.safetensors``) or ONNX (``.onnx``) file.
+        key (str, optional): Which of the file's state dicts to take. Defaults to None.
+
+    Returns:
+        Weights: The parameters.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or has no BN or psBN layer.
+    """
+    if os.fspath(path).endswith('.onnx'):
+        try:
+            state_dict, rectifiers = read_onnx(_existing(path))
+        except ValueError as error:
+            raise CheckpointError(f'{path} {error}') from error
+        return Weights(state_dict, rectifiers=rectifiers)
+    content = read_content(path)
+    found = dict(find_state_dicts(content))
+    if not found:
+        raise CheckpointError(
+            f'{path} has no BN or psBN layer, that is no key ending with running_var: give a '
+            'checkpoint of a network with BN that is not fused'
+        )
+    if key is None:
+        key = next((name for name in found if 'ema' not in name.lower()), next(iter(found)))
+    elif key not in found:
+        raise CheckpointError(
+            f'{path} has no state dict {key!r} with BN or psBN: give one of {", ".join(found)}'
+        )
+    others = [name for name in found if name != key]
+    wrapper = wrapper_of(found[key])
+    names = {str(name).removeprefix(wrapper): value for name, value in found[key].items()}
+    return Weights(names, key, others)
+
+
+def wrapper_of(state_dict: Mapping[str, Any]) -> str:
+    """What wrappers, such as DDP's, put before each name: 'module.', or '' where there is none."""
+    wrapper = ''
+    dotted = [str(key) for key in state_dict if '.' in str(key)]
+    while dotted:
+        prefix = next((p for p in _WRAPPERS if all(n.startswith(p) for n in dotted)), None)
+        if prefix is None:
+            break
+        wrapper += prefix
+        dotted = [name.removeprefix(prefix) for name in dotted]
+    return wrapper

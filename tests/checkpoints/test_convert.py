@@ -1,0 +1,169 @@
+"""Whole checkpoints between BN and psBN: a training goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from psbn_mmdet.checkpoints import CheckpointError, convert_checkpoint, read_content, write_content
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def config(shrink) -> Config:
+    """A small RetinaNet that trains all its BN, with an average and momentum, without decay."""
+    cfg = Config.fromfile(ROOT / 'configs/psbn/retinanet_r50_fpn_bn_1x_coco.py')
+    shrink(cfg)
+    cfg.merge_from_dict(
+        {
+            'model.backbone.depth': 18,
+            'model.backbone.base_channels': 16,
+            'model.backbone.frozen_stages': -1,
+            'model.backbone.norm_eval': False,
+            'model.neck.in_channels': [16, 32, 64, 128],
+            'model.bbox_head.num_classes': 4,
+            'optim_wrapper.optimizer.weight_decay': 0.0,
+            'optim_wrapper.optimizer.lr': 1.0,
+            'default_hooks.checkpoint.interval': 1,
+            'log_level': 'ERROR',
+        }
+    )
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.1))
+    cfg.param_scheduler = []
+    return cfg
+
+
+def norm_type(cfg: Config, kind: str) -> Config:
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.norm_cfg = dict(type=kind, requires_grad=True)
+    return cfg
+
+
+def train(cfg: Config, work_dir: Path, epochs: int, resume: Path | None = None) -> list[float]:
+    """Train, and return the losses of the last epoch."""
+    cfg = copy.deepcopy(cfg)
+    cfg.merge_from_dict({'work_dir': str(work_dir), 'train_cfg.max_epochs': epochs})
+    cfg.visualizer.name = str(work_dir)
+    if resume:
+        cfg.merge_from_dict({'resume': True, 'load_from': str(resume)})
+    Runner.from_cfg(cfg).train()
+    (log,) = work_dir.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [line['loss'] for line in lines if line.get('epoch') == epochs and 'loss' in line]
+    assert len(losses) == 2
+    return losses
+
+
+@pytest.fixture(scope='module')
+def trained(config, tmp_path_factory) -> dict:
+    """BN trained for two epochs; after the first it was converted and went on as psBN, too."""
+    folder = tmp_path_factory.mktemp('convert')
+    train(norm_type(config, 'BN'), folder / 'start', 1)
+    start = folder / 'start/epoch_1.pth'
+    content, _ = convert_checkpoint(read_content(start), 'psbn')
+    write_content(content, folder / 'psbn.pth')
+    return {
+        'folder': folder,
+        'start': start,
+        'bn losses': train(norm_type(config, 'BN'), folder / 'bn', 2, start),
+        'psbn losses': train(norm_type(config, 'psBN'), folder / 'psbn', 2, folder / 'psbn.pth'),
+    }
+
+
+def test_a_converted_training_goes_on_as_the_original(trained):
+    assert trained['psbn losses'] == pytest.approx(trained['bn losses'], rel=1e-3)
+    bn = read_content(trained['folder'] / 'bn/epoch_2.pth')
+    psbn = read_content(trained['folder'] / 'psbn/epoch_2.pth')
+    back, done = convert_checkpoint(psbn, 'bn')
+    assert set(done.converted) == {'state_dict', 'ema_state_dict'}
+    moved = 0.0
+    start = read_content(trained['start'])
+    for key in ('state_dict', 'ema_state_dict'):
+        assert list(back[key]) == list(bn[key])
+        for name, value in bn[key].items():
+            assert torch.allclose(back[key][name], value, rtol=1e-3, atol=1e-3), name
+            if name.endswith('bn1.bias'):
+                moved = max(moved, (value - start[key][name]).abs().max().item())
+    assert moved > 0.05, 'the second epoch has trained something'
+    # What has moved the biases: their momentum.
+    for index, state in bn['optimizer']['state'].items():
+        other = back['optimizer']['state'][index]['momentum_buffer']
+        assert torch.allclose(other, state['momentum_buffer'], rtol=1e-2, atol=1e-3), index
+
+
+def test_conversion_leaves_its_input_alone_and_back_gives_the_original(trained):
+    content = read_content(trained['start'])
+    before = copy.deepcopy(content['state_dict'])
+    psbn, done = convert_checkpoint(content, 'psbn', shift=0.2)
+    assert list(content['state_dict']) == list(before)
+    layers = done.converted['state_dict']
+    assert len(layers) == 20 and 'backbone.layer1.0.bn1' in layers
+    assert done.converted['ema_state_dict'] == [f'module.{name}' for name in layers]
+    assert not done.left and not done.opened
+    back, _ = convert_checkpoint(psbn, 'bn')
+    assert back.keys() == content.keys()
+    for name, value in before.items():
+        assert torch.allclose(back['state_dict'][name], value, atol=1e-7), name
+    assert back['meta']['epoch'] == content['meta']['epoch'] == 1
+
+
+def test_the_config_in_the_checkpoint_is_that_of_the_converted_model(trained):
+    content = read_content(trained['start'])
+    psbn, done = convert_checkpoint(content, 'psbn', shift=0.2)
+    assert done.configs == 2  # in `meta` and in the message hub
+    for text in (psbn['meta']['cfg'], psbn['message_hub']['runtime_info']['cfg']):
+        cfg = Config.fromstring(text, '.py')
+        assert cfg.model.backbone.norm_cfg == dict(type='psBN', requires_grad=True, shift=0.2)
+    back, _ = convert_checkpoint(psbn, 'bn')
+    cfg = Config.fromstring(back['meta']['cfg'], '.py')
+    assert cfg.model == Config.fromstring(content['meta']['cfg'], '.py').model
+    assert 'psbn_mmdet' not in back['meta']['cfg']
+    assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook']
+
+
+def test_an_optimiser_state_that_goes_by_names_is_renamed():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    content = dict(
+        state_dict=model.state_dict(),
+        optimizer=dict(
+            state={name: dict(exp_avg=torch.ones(1)) for name, _ in model.named_parameters()},
+            param_groups=[dict(lr=0.1, params=[name for name, _ in model.named_parameters()])],
+        ),
+    )
+    converted, done = convert_checkpoint(content, 'psbn')
+    assert list(converted['optimizer']['state']) == ['0.weight', '0.bias', '1.weight', '1.beta']
+    assert converted['optimizer']['param_groups'][0]['params'][-1] == '1.beta'
+    assert done.renamed == 2
+    back, _ = convert_checkpoint(converted, 'bn')
+    assert list(back['optimizer']['state']) == list(content['optimizer']['state'])
+
+
+def test_what_is_revived_and_what_is_left_alone_is_told():
+    model = torch.nn.Sequential(
+        torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4, affine=False), torch.nn.BatchNorm2d(4)
+    )
+    for norm in (model[0], model[2]):
+        norm.weight.data[1:3], norm.bias.data[1:3] = 0, -0.01
+    content = {f'module.{key}': value for key, value in model.state_dict().items()}
+    converted, done = convert_checkpoint(
+        content, 'psbn', revive='collapsed', rectifiers={'0': 'relu', '2': 'other'}
+    )
+    assert done.opened == {'module.0': [1, 2]}
+    assert done.left == {'module.1': 'no gamma'}
+    assert converted['module.0.beta'].tolist() == pytest.approx([-0.1, -0.01, -0.01, -0.1])
+    assert converted['module.2.beta'].tolist() == pytest.approx([-0.1, -0.11, -0.11, -0.1])
+
+
+def test_nothing_to_convert_is_an_error():
+    psbn, _ = convert_checkpoint(torch.nn.BatchNorm2d(4).state_dict(), 'psbn')
+    with pytest.raises(CheckpointError, match='no BN to convert, the layers are psBN'):
+        convert_checkpoint(psbn, 'psbn')
+    with pytest.raises(CheckpointError, match='no psBN to convert, no norm layer at all'):
+        convert_checkpoint(torch.nn.Linear(2, 2).state_dict(), 'bn')

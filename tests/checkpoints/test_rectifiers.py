@@ -1,0 +1,47 @@
+"""What follows each BN of a checkpoint, from the config of its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from psbn_mmdet.checkpoints import CheckpointError, rectifiers_of_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs/psbn'
+
+
+@pytest.mark.parametrize('detector', ['faster-rcnn', 'retinanet'])
+def test_the_layers_of_a_detector(detector):
+    cfg = Config.fromfile(CONFIGS / f'{detector}_r50_fpn_psbn_1x_coco.py')
+    cfg.model.backbone.update(depth=50, base_channels=8)
+    cfg.model.neck.update(in_channels=[32, 64, 128, 256], norm_cfg=dict(type='BN'))
+    if detector == 'faster-rcnn':  # BN that runs for proposals only
+        cfg.model.roi_head.bbox_head.update(
+            type='Shared4Conv1FCBBoxHead', conv_out_channels=16, norm_cfg=dict(type='psBN')
+        )
+    names = ['backbone.bn1', 'backbone.layer2.1.bn2', 'backbone.layer2.1.bn3', 'not.there']
+    names += ['neck.fpn_convs.0.bn', 'roi_head.bbox_head.shared_convs.3.bn']
+    found = rectifiers_of_config(cfg, names)
+    assert found == {
+        'backbone.bn1': 'relu',
+        'backbone.layer2.1.bn2': 'relu',
+        'backbone.layer2.1.bn3': 'other',
+        'neck.fpn_convs.0.bn': 'other',
+        **({names[-1]: 'relu'} if detector == 'faster-rcnn' else {}),
+    }
+
+
+def test_a_checkpoint_of_the_backbone_alone():
+    cfg = Config.fromfile(CONFIGS / 'retinanet_r50_fpn_psbn_1x_coco.py')
+    assert rectifiers_of_config(cfg, ['bn1', 'layer1.0.bn3', 'fc']) == {
+        'bn1': 'relu',
+        'layer1.0.bn3': 'other',
+    }
+
+
+def test_another_models_config_is_named():
+    cfg = Config.fromfile(CONFIGS / 'retinanet_r50_fpn_psbn_1x_coco.py')
+    with pytest.raises(CheckpointError, match=r'retinanet_r50.* no BN layer named .* features\.1'):
+        rectifiers_of_config(cfg, ['features.1'])
