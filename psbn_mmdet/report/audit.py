@@ -1,0 +1,229 @@
+"""The audit of one checkpoint, or of two: as JSON, CSV and text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..collapse import Census, LayerCensus, compare, format_ranges
+from ..layers import feeds_rectifier
+from .channels import BLUE, draw_channels
+
+KINDS = ('vanished', 'dead', 'collapsed')
+WIDTH = 120  # characters of a table
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found in a checkpoint.
+
+    Attributes:
+        source (str): The file, and where in it the parameters stand.
+        census (Census): Its filters.
+        before (Census, optional): Those of an earlier checkpoint to compare with.
+    """
+
+    source: str
+    census: Census
+    before: Census | None = None
+
+    @property
+    def percent(self) -> float:
+        """Collapsed filters, in percent of all."""
+        return 100 * (self.census.count('collapsed') or 0) / self.census.channels
+
+    def rows(self) -> list[tuple[LayerCensus, dict[str, np.ndarray]]]:
+        """Each layer with its masks by kind; *dead* is all False where no rectifier follows."""
+        changes = compare(self.before, self.census) if self.before else {}
+        rows = []
+        for layer in self.census.layers:
+            none = np.zeros(layer.channels, bool)
+            masks = {
+                'vanished': layer.vanished,
+                'dead': none if layer.dead is None else layer.dead,
+                'collapsed': layer.collapsed,
+            }
+            if self.before:
+                masks['new'], masks['revived'] = changes.get(layer.name, (none, none))
+            rows.append((layer, masks))
+        return rows
+
+    def unmatched(self) -> list[str]:
+        """Layers that only one of two checkpoints has, or has with another number of channels."""
+        if self.before is None:
+            return []
+        both = compare(self.before, self.census)
+        names = [layer.name for layer in (*self.before.layers, *self.census.layers)]
+        return [name for name in dict.fromkeys(names) if name not in both]
+
+
+def audit_to_dict(audit: Audit) -> dict[str, Any]:
+    """An audit as plain data for JSON.
+
+    Returns:
+        dict: 'total' has the counts, 'layers' those of each layer with ``rectified`` (True, False
+        or, where it is not known, None) and ``which``, the channels of each kind.
+    """
+    layers = [
+        {
+            'name': layer.name,
+            'norm': layer.norm,
+            'channels': layer.channels,
+            **{kind: int(mask.sum()) for kind, mask in masks.items()},
+            'rectified': _rectified(layer),
+            'which': {kind: np.flatnonzero(mask).tolist() for kind, mask in masks.items()},
+        }
+        for layer, masks in audit.rows()
+    ]
+    kinds = audit.rows()[0][1]
+    return {
+        'source': audit.source,
+        'tau': audit.census.tau,
+        'k': audit.census.k,
+        'total': {
+            'channels': audit.census.channels,
+            **{kind: sum(layer[kind] for layer in layers) for kind in kinds},
+        },
+        'layers': layers,
+        **({'unmatched': audit.unmatched()} if audit.before else {}),
+    }
+
+
+def audit_to_csv(audit: Audit) -> str:
+    """An audit as CSV: a line per layer, and one for the total."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    rows = audit.rows()
+    kinds = list(rows[0][1])
+    writer.writerow(['layer', 'norm', 'rectified', 'channels', *kinds, 'which_collapsed'])
+    for layer, masks in rows:
+        rectified = {True: 'yes', False: 'no', None: ''}[_rectified(layer)]
+        counts = [int(masks[kind].sum()) for kind in kinds]
+        which = format_ranges(masks['collapsed']).replace(',', ' ')
+        writer.writerow([layer.name, layer.norm, rectified, layer.channels, *counts, which])
+    totals = [sum(int(masks[kind].sum()) for _, masks in rows) for kind in kinds]
+    writer.writerow(['total', '', '', audit.census.channels, *totals, ''])
+    return text.getvalue()
+
+
+def audit_to_text(audit: Audit) -> str:
+    """An audit as a table of the layers with something to tell, with what it cannot know."""
+    rows = audit.rows()
+    shown = [
+        (layer, masks)
+        for layer, masks in rows
+        if masks['collapsed'].any() or ('new' in masks and (masks['new'] | masks['revived']).any())
+    ]
+    kinds = list(rows[0][1])
+    table = Table()
+    table.add_column('layer', no_wrap=True)
+    table.add_column('rectified')
+    for name in ('filters', *kinds):
+        table.add_column(name, justify='right')
+    table.add_column('which', overflow='fold')
+    for layer, masks in shown:
+        rectified = {True: 'yes', False: 'no', None: '?'}[_rectified(layer)]
+        counts = [str(int(masks[kind].sum())) for kind in kinds]
+        texts = [layer.name, rectified, str(layer.channels), *counts, _why(masks)]
+        table.add_row(*map(Text, texts))
+    totals = [str(sum(int(masks[kind].sum()) for _, masks in rows)) for kind in kinds]
+    table.add_section()
+    table.add_row('all', '', str(audit.census.channels), *totals, f'{audit.percent:.2f} %')
+    text = io.StringIO()
+    Console(file=text, width=WIDTH).print(table)
+    lines = [audit.source, text.getvalue().rstrip()]
+    hidden = len(rows) - len(shown)
+    if hidden:
+        lines.append(f'{hidden} of {len(rows)} layers have none and are not shown.')
+    unknown = sum(_rectified(layer) is None for layer, _ in rows)
+    if unknown:
+        lines.append(
+            f'Of {unknown} layers marked ? it is not known whether a rectifier follows: a filter '
+            f'counts as dead there if b + {audit.census.k:g} |gamma| <= 0, but passes everything '
+            'if none does. The config of the model tells: --config.'
+        )
+    if audit.unmatched():
+        lines.append(f'Not compared, since not alike in both: {", ".join(audit.unmatched())}.')
+    return '\n'.join(lines)
+
+
+def plot_audit(audit: Audit, out: str | os.PathLike) -> Path:
+    """Draw gamma against effective shift, and the share of collapsed filters by layer.
+
+    Args:
+        audit (Audit): What was found.
+        out (str | PathLike): The picture to write; its ending tells the format.
+
+    Returns:
+        Path: ``out``.
+    """
+    layers = audit.census.layers
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
+    gamma, shift, collapsed = (
+        np.concatenate([getattr(layer, what) for layer in layers])
+        for what in ('gamma', 'shift', 'collapsed')
+    )
+    draw_channels(left, gamma, shift, collapsed, audit.census.k)
+    left.legend(loc='upper left', fontsize=8, frameon=False)
+    left.set_title('filters', loc='left')
+    shares = [100 * layer.collapsed.mean() for layer in layers]
+    right.bar(range(len(layers)), shares, width=0.9, color=BLUE)
+    right.set_ylabel('collapsed filters (% of the layer)')
+    right.set_xlabel('layer')
+    right.set_title('layers, in the order of the network', loc='left')
+    names = [layer.name for layer in layers]
+
+    def name_of(position: float, _: int | None = None) -> str:
+        index = round(position)
+        exact = abs(position - index) < 1e-6 and 0 <= index < len(names)
+        return _short(names[index]) if exact else ''
+
+    right.xaxis.set_major_locator(MaxNLocator(24, integer=True))
+    right.xaxis.set_major_formatter(name_of)
+    right.tick_params('x', rotation=90, labelsize=7)
+    right.set_xlim(-0.6, len(layers) - 0.4)
+    right.set_ylim(0, max(1, *right.get_ylim()))
+    figure.suptitle(
+        f'{int(collapsed.sum()):,} of {len(collapsed):,} filters are collapsed '
+        f'({audit.percent:.2f} %)'
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_figure(out, dpi=130)
+    return out
+
+
+def _short(name: str) -> str:
+    # A dollar sign would begin a formula.
+    return (name if len(name) <= 32 else f'...{name[-29:]}').replace('$', r'\$')
+
+
+def _rectified(layer: LayerCensus) -> bool | None:
+    if layer.rectifier is None:
+        return None
+    return feeds_rectifier({layer.name: layer.rectifier}, layer.name)
+
+
+def _why(masks: dict[str, np.ndarray]) -> str:
+    """Channels by what they are, such as 'vanished, dead 1,5; dead 3'."""
+    facts = [kind for kind in masks if kind != 'collapsed']
+    groups: dict[str, np.ndarray] = {}
+    for channel in np.flatnonzero(np.logical_or.reduce(list(masks.values()))):
+        label = ', '.join(kind for kind in facts if masks[kind][channel])
+        mask = groups.setdefault(label, np.zeros_like(masks['collapsed']))
+        mask[channel] = True
+    return '; '.join(f'{label} {format_ranges(mask)}' for label, mask in groups.items())

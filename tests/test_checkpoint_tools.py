@@ -1,0 +1,243 @@
+"""tools/audit.py and tools/convert_checkpoint.py, run as a user runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import psbn_mmdet  # noqa: F401
+from psbn_mmdet.checkpoints import read_content
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / 'configs/psbn/retinanet_r50_fpn_psbn_1x_coco.py'
+
+
+def run(script: str, *arguments: object, cwd: Path) -> SimpleNamespace:
+    """What a script of tools/ does in the folder ``cwd``: exit code and output."""
+    spec = importlib.util.spec_from_file_location(script[:-3], ROOT / 'tools' / script)
+    module = importlib.util.module_from_spec(spec)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, 'argv', [script, *map(str, arguments)])
+        patch.setattr(sys, 'path', list(sys.path))
+        spec.loader.exec_module(module)
+        code = module.main()
+    return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """Checkpoints of a small BN detector: collapsed.pth with three collapsed filters, well.pth."""
+    folder = tmp_path_factory.mktemp('checkpoints')
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.backbone.update(depth=18, base_channels=8, norm_cfg=dict(type='BN'))
+    cfg.model.neck.update(in_channels=[8, 16, 32, 64])
+    cfg.dump(folder / 'detector.py')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(epoch=1)), folder / 'well.pth')
+    norms = model.backbone.layer1[0]
+    norms.bn1.weight.data[2] = 0  # vanished, but alive
+    norms.bn1.bias.data[2] = 1
+    norms.bn1.bias.data[5] = -4  # dead
+    norms.bn2.bias.data[1] = -4  # dead by the rule, alive in the network: an addition follows
+    norms.bn2.weight.data[7] = 0  # both by the rule, vanished in the network
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(epoch=1)), folder / 'collapsed.pth')
+    return folder
+
+
+def test_both_run_as_scripts_from_any_folder(folder, tmp_path):
+    for arguments, words in (
+        (['audit.py', folder / 'collapsed.pth'], 'vanished 2; dead 5'),
+        (
+            ['convert_checkpoint.py', folder / 'well.pth', 'psbn.pth', '--to', 'psbn'],
+            '20 layers converted',
+        ),
+    ):
+        result = subprocess.run(
+            [sys.executable, ROOT / 'tools' / arguments[0], *map(str, arguments[1:])],
+            cwd=tmp_path,
+            env={**os.environ, 'PYTHONPATH': ''},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert result.returncode == 0, result.stderr
+        assert words in result.stdout
+    assert (tmp_path / 'psbn.pth').is_file()
+
+
+def by_name(audit: dict) -> dict[str, dict]:
+    return {layer['name']: layer for layer in audit['layers']}
+
+
+def test_json_has_what_the_parameters_tell(folder):
+    result = run('audit.py', 'collapsed.pth', '--format', 'json', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    audit = json.loads(result.stdout)
+    assert audit['total'] == dict(channels=600, vanished=2, dead=3, collapsed=4)
+    layers = by_name(audit)
+    assert len(layers) == 20
+    layer = layers['backbone.layer1.0.bn2']
+    assert (layer['channels'], layer['vanished'], layer['dead'], layer['rectified']) == (
+        8,
+        1,
+        2,
+        None,
+    )
+    assert layer['which'] == dict(vanished=[7], dead=[1, 7], collapsed=[1, 7])
+    assert layers['backbone.layer1.0.bn1']['which']['dead'] == [5]
+
+
+def test_with_a_config_it_is_known_what_follows(folder):
+    arguments = ['collapsed.pth', '--config', 'detector.py', '--format', 'json']
+    result = run('audit.py', *arguments, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    audit = json.loads(result.stdout)
+    assert audit['total'] == dict(channels=600, vanished=2, dead=1, collapsed=3)
+    layers = by_name(audit)
+    assert layers['backbone.layer1.0.bn1']['rectified'] is True
+    assert layers['backbone.layer1.0.bn2']['rectified'] is False
+    assert layers['backbone.layer1.0.bn2']['which'] == dict(vanished=[7], dead=[], collapsed=[7])
+
+
+def test_the_table_says_what_it_cannot_know(folder):
+    result = run('audit.py', 'collapsed.pth', cwd=folder)
+    assert 'backbone.layer1.0.bn1' in result.stdout
+    assert 'vanished 2; dead 5' in result.stdout
+    assert '18 of 20 layers have none' in result.stdout
+    assert 'it is not known whether a rectifier follows' in result.stdout
+    assert '--config' in result.stdout
+    result = run('audit.py', 'collapsed.pth', '--config', 'detector.py', cwd=folder)
+    assert 'not known' not in result.stdout
+
+
+def test_csv_has_a_line_per_layer_and_the_total(folder):
+    result = run('audit.py', 'collapsed.pth', '--format', 'csv', cwd=folder)
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert len(rows) == 21
+    assert rows[-1]['layer'] == 'total' and rows[-1]['collapsed'] == '4'
+    (row,) = [row for row in rows if row['layer'] == 'backbone.layer1.0.bn1']
+    assert (row['vanished'], row['dead'], row['which_collapsed']) == ('1', '1', '2 5')
+
+
+def test_two_checkpoints_are_compared(folder):
+    result = run('audit.py', 'well.pth', 'collapsed.pth', '--format', 'json', cwd=folder)
+    total = json.loads(result.stdout)['total']
+    assert (total['collapsed'], total['new'], total['revived']) == (4, 4, 0)
+    result = run('audit.py', 'collapsed.pth', 'well.pth', '--format', 'json', cwd=folder)
+    audit = json.loads(result.stdout)
+    assert (audit['total']['collapsed'], audit['total']['revived']) == (0, 4)
+    assert by_name(audit)['backbone.layer1.0.bn1']['which']['revived'] == [2, 5]
+    assert audit['unmatched'] == []
+    result = run('audit.py', 'collapsed.pth', 'well.pth', cwd=folder)
+    assert 'revived 2,5' in result.stdout
+
+
+@pytest.mark.parametrize(('percent', 'code'), [('0.5', 3), ('1', 0), ('0', 3)])
+def test_the_exit_code_tells_of_too_much_collapse(folder, percent, code):
+    result = run('audit.py', 'collapsed.pth', '--fail-above', percent, cwd=folder)
+    assert result.returncode == code
+    assert ('0.67 % of the filters are collapsed' in result.stderr) == (code == 3)
+
+
+def test_thresholds_are_options(folder):
+    result = run('audit.py', 'collapsed.pth', '--k', '5', '--tau', '0.99', cwd=folder)
+    assert '│        2 │    1 │         2 │' in result.stdout
+
+
+def test_a_picture_is_drawn(folder, tmp_path):
+    result = run('audit.py', folder / 'collapsed.pth', '--plot', 'new/a.png', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    picture = cv2.imread(str(tmp_path / 'new/a.png'))
+    assert picture.shape[0] > 300 and picture.std() > 10
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['none.pth'], 'none.pth does not exist'),
+        (['well.pth', '--config', 'none.py'], 'none.py (in '),
+        (['well.pth', '--k', '-1'], 'must be a finite number >= 0, got -1'),
+        (['well.pth', 'other.pth'], 'have no layer in common'),
+        (['plain.pth'], 'only BN without gamma or bias'),
+        (['well.pth', '--key', 'ema'], "no state dict 'ema'"),
+    ],
+)
+def test_bad_input_gets_one_sentence(folder, arguments, words):
+    torch.save(nn.Sequential(nn.BatchNorm2d(3)).state_dict(), folder / 'other.pth')
+    torch.save(nn.BatchNorm2d(3, affine=False).state_dict(), folder / 'plain.pth')
+    result = run('audit.py', *arguments, cwd=folder)
+    assert result.returncode == 1
+    assert result.stdout == ''
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith('audit: ') and words in sentence
+
+
+def test_a_checkpoint_is_converted_and_back(folder, tmp_path):
+    result = run(
+        'convert_checkpoint.py', folder / 'well.pth', 'psbn.pth', '--to', 'psbn', cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert 'state_dict: 20 layers converted' in result.stdout
+    psbn = read_content(tmp_path / 'psbn.pth')
+    assert psbn['state_dict']['backbone.bn1.beta'].tolist() == pytest.approx([-0.1] * 8)
+    assert psbn['meta'] == dict(epoch=1)
+    result = run('convert_checkpoint.py', 'psbn.pth', 'bn.pth', '--to', 'bn', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    original = read_content(folder / 'well.pth')['state_dict']
+    back = read_content(tmp_path / 'bn.pth')['state_dict']
+    assert all(torch.allclose(back[key], value, atol=1e-7) for key, value in original.items())
+
+
+@pytest.mark.parametrize('config', [[], ['--config', 'detector.py']])
+def test_what_is_revived_is_told(folder, tmp_path, config):
+    out = tmp_path / 'psbn.pth'
+    options = ['--to', 'psbn', '--revive', 'collapsed', '--shift', '0.5', *config]
+    result = run('convert_checkpoint.py', 'collapsed.pth', out, *options, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert f'{1 if config else 3} filters with b + 3 |gamma| <= 0 keep the shift' in result.stdout
+    assert 'backbone.layer1.0.bn1: 5' in result.stdout
+    beta = read_content(out)['state_dict']['backbone.layer1.0.bn1.beta']
+    assert beta.tolist() == pytest.approx([-0.5, -0.5, 0.5, -0.5, -0.5, -4, -0.5, -0.5])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['well.pth', 'well.pth', '--to', 'psbn'], 'well.pth exists and is not overwritten'),
+        (['well.pth', 'a.pth', '--to', 'bn'], 'no psBN to convert'),
+        (['well.pth', 'a.pth', '--to', 'psbn', '--shift', '0'], 'finite number > 0, got 0'),
+        (['well.pth', 'a.pth', '--to', 'bn', '--revive', 'collapsed'], '--revive is for --to psbn'),
+        (['well.pth', 'a.pth', '--to', 'psbn', '--config', 'c.py'], '--config is for --revive'),
+        (['none.pth', 'a.pth', '--to', 'psbn'], 'none.pth does not exist'),
+    ],
+)
+def test_a_conversion_that_cannot_be_done_writes_nothing(folder, arguments, words):
+    before = (folder / 'well.pth').read_bytes()
+    result = run('convert_checkpoint.py', *arguments, cwd=folder)
+    assert result.returncode == 1
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith('convert_checkpoint: ') and words in sentence
+    assert (folder / 'well.pth').read_bytes() == before
+    assert not list(folder.glob('a.pth*'))
