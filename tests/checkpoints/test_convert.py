@@ -6,12 +6,16 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmdet.apis import DetInferencer
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.runner import Runner
 
 from psbn_mmdet.checkpoints import CheckpointError, convert_checkpoint, read_content, write_content
+from psbn_mmdet.layers import PostShiftedBatchNorm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +34,8 @@ def config(shrink) -> Config:
             'model.neck.in_channels': [16, 32, 64, 128],
             'model.bbox_head.num_classes': 4,
             'optim_wrapper.optimizer.weight_decay': 0.0,
-            'optim_wrapper.optimizer.lr': 1.0,
+            'optim_wrapper.optimizer.lr': 0.01,
+            'optim_wrapper.paramwise_cfg': dict(custom_keys={'bn': dict(lr_mult=100)}),
             'default_hooks.checkpoint.interval': 1,
             'log_level': 'ERROR',
         }
@@ -78,7 +83,7 @@ def trained(config, tmp_path_factory) -> dict:
 
 
 def test_a_converted_training_goes_on_as_the_original(trained):
-    assert trained['psbn losses'] == pytest.approx(trained['bn losses'], rel=1e-3)
+    assert trained['psbn losses'] == pytest.approx(trained['bn losses'], abs=1e-4)
     bn = read_content(trained['folder'] / 'bn/epoch_2.pth')
     psbn = read_content(trained['folder'] / 'psbn/epoch_2.pth')
     back, done = convert_checkpoint(psbn, 'bn')
@@ -88,14 +93,14 @@ def test_a_converted_training_goes_on_as_the_original(trained):
     for key in ('state_dict', 'ema_state_dict'):
         assert list(back[key]) == list(bn[key])
         for name, value in bn[key].items():
-            assert torch.allclose(back[key][name], value, rtol=1e-3, atol=1e-3), name
+            assert torch.allclose(back[key][name], value, atol=1e-5), name
             if name.endswith('bn1.bias'):
                 moved = max(moved, (value - start[key][name]).abs().max().item())
-    assert moved > 0.05, 'the second epoch has trained something'
+    assert moved > 1e-3, 'the second epoch has trained something'
     # What has moved the biases: their momentum.
     for index, state in bn['optimizer']['state'].items():
         other = back['optimizer']['state'][index]['momentum_buffer']
-        assert torch.allclose(other, state['momentum_buffer'], rtol=1e-2, atol=1e-3), index
+        assert torch.allclose(other, state['momentum_buffer'], rtol=1e-3, atol=1e-5), index
 
 
 def test_conversion_leaves_its_input_alone_and_back_gives_the_original(trained):
@@ -126,6 +131,26 @@ def test_the_config_in_the_checkpoint_is_that_of_the_converted_model(trained):
     assert cfg.model == Config.fromstring(content['meta']['cfg'], '.py').model
     assert 'psbn_mmdet' not in back['meta']['cfg']
     assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook']
+
+
+def test_det_inferencer_needs_nothing_but_the_converted_file(trained):
+    folder = trained['folder']
+    psbn = folder / 'psbn/epoch_2.pth'
+    content, _ = convert_checkpoint(read_content(psbn), 'bn')
+    write_content(content, folder / 'bn.pth')
+    image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    found = []
+    for weights in (psbn, folder / 'bn.pth'):
+        inferencer = DetInferencer(weights=str(weights), device='cpu', show_progress=False)
+        inferencer.model.bbox_head.test_cfg.score_thr = 0.0
+        has_psbn = any(isinstance(m, PostShiftedBatchNorm) for m in inferencer.model.modules())
+        assert has_psbn == (weights == psbn)
+        found.append(inferencer(image)['predictions'][0])
+        DetLocalVisualizer._instance_dict.clear()
+    assert len(found[0]['scores']) == 100
+    assert found[0]['labels'] == found[1]['labels']
+    assert np.allclose(found[0]['scores'], found[1]['scores'], atol=1e-5)
+    assert np.allclose(found[0]['bboxes'], found[1]['bboxes'], atol=1e-2)
 
 
 def test_an_optimiser_state_that_goes_by_names_is_renamed():
