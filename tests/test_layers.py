@@ -34,6 +34,7 @@ from psbn_mmdet.layers import (
     bn_to_psbn,
     psbn_to_bn,
 )
+from randomize import randomize
 
 SHAPES = {
     'psBN': (4, 6, 5, 5),
@@ -42,18 +43,6 @@ SHAPES = {
     'psBN3d': (4, 6, 3, 3, 3),
     'psSyncBN': (4, 6, 5, 5),
 }
-
-
-def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give all BN and psBN layers below random parameters and statistics."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
-            shift = layer.beta if isinstance(layer, PostShiftedBatchNorm) else layer.bias
-            for tensor in (layer.weight, shift, layer.running_mean):
-                tensor.data.normal_(generator=generator)
-            layer.running_var.uniform_(0.5, 2, generator=generator)
-    return module
 
 
 def conv_norm(norm_type: str, **kwargs) -> nn.Sequential:
