@@ -9,7 +9,6 @@ report against the number of channels, which must grow linearly.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -27,24 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 from psbn_mmdet.collapse import GradientWatch, census, find_norms  # noqa: E402
 from psbn_mmdet.hooks import CollapseHook  # noqa: E402
+from timing import now, spread, write  # noqa: E402
 
 DETECTORS = {
     'demo': ('demo/faster-rcnn_r18_fpn_psbn_demo.py', (128, 128)),
     'faster-rcnn_r50': ('configs/psbn/faster-rcnn_r50_fpn_psbn_1x_coco.py', (320, 192)),
 }
-
-
-def now(device: torch.device) -> float:
-    """Seconds, with all work on the device done."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    quartiles = np.percentile(values, [25, 50, 75])
-    return dict(zip(('q25', 'median', 'q75'), map(float, quartiles)))
 
 
 def build_runner(path: str, scale: tuple[int, int], data_root: str, work_dir: str) -> Runner:
@@ -206,10 +193,7 @@ def main() -> None:
             f'{row["channels"]:>9,} channels: {row["observe_ms"]:8.3f} ms to read a step, '
             f'{row["count_ms"]:8.3f} ms to count'
         )
-    out = Path(args.out or ROOT / f'benchmarks/results/hook_overhead_{device.type}.json')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + '\n')
-    print(f'written to {out}')
+    write(result, f'hook_overhead_{device.type}', args.out)
 
 
 if __name__ == '__main__':

@@ -9,13 +9,10 @@ By default two images of 800 x 800 px, the size at which MMDetection trains on C
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
-from itertools import permutations
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from psbn_mmdet.layers import PostShiftedBatchNorm2d  # noqa: E402
+from timing import hardware, side_by_side, spread, timed, write  # noqa: E402
 
 
 class BNPlusShift(nn.BatchNorm2d):
@@ -55,27 +53,11 @@ def resnet50_shapes(image: int) -> Counter:
     return shapes
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def timed(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Seconds that a run takes, averaged over repeats."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
-
-
 def peak_memory(run: Callable[[], None], device: torch.device) -> int:
     """Bytes allocated at the peak of a run, beyond what is there before it."""
     run()
     if device.type == 'cuda':
-        synchronize(device)
+        torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
@@ -114,24 +96,16 @@ def time_shape(
 
     result = {}
     for mode, run in (('train', train), ('eval', evaluate)):
-        once = max(timed(lambda: run('BN'), 3, device) for _ in range(3))  # noqa: B023
+        once = max(timed(partial(run, 'BN'), 3, device) for _ in range(3))
         repeats = max(1, round(args.slot / once))
-        times: dict[str, list[float]] = {name: [] for name in LAYERS}
-        orders = list(permutations(LAYERS))
-        for name in LAYERS:
-            timed(lambda: run(name), 2, device)  # noqa: B023
-        for round_ in range(args.rounds):
-            for name in orders[round_ % len(orders)]:
-                times[name].append(timed(lambda: run(name), repeats, device))  # noqa: B023
-        bn = np.array(times['BN'])
-        memory = {name: peak_memory(lambda: run(name), device) for name in LAYERS}  # noqa: B023
+        runs = {name: partial(run, name) for name in LAYERS}
+        times = side_by_side(runs, args.rounds, repeats, device)
+        memory = {name: peak_memory(runs[name], device) for name in LAYERS}
         result[mode] = {
-            'bn_ms': 1e3 * float(np.median(bn)),
+            'bn_ms': 1e3 * float(np.median(times['BN'])),
             **{
                 name: {
-                    'ratio': [
-                        float(q) for q in np.percentile(np.array(times[name]) / bn, [25, 50, 75])
-                    ],
+                    'ratio': list(spread(times[name] / times['BN']).values()),
                     'memory_ratio': memory[name] / memory['BN'],
                 }
                 for name in LAYERS
@@ -183,22 +157,14 @@ def main() -> None:
             f'{name:<20} median over shapes {values["median_ratio"]:.4f} of BN, peak memory '
             f'{values["largest_memory_ratio"]:.4f} of BN at most'
         )
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == 'cuda'
-        else (f'{platform.machine()} CPU, {torch.get_num_threads()} threads')
-    )
-    out = Path(args.out or ROOT / f'benchmarks/results/layer_speed_{device.type}.json')
-    out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        'hardware': hardware,
+        'hardware': hardware(device),
         'torch': torch.__version__,
         'arguments': {k: v for k, v in vars(args).items() if k != 'out'},
         'summary': summary,
         'shapes': rows,
     }
-    out.write_text(json.dumps(result, indent=1) + '\n')
-    print(f'written to {out}')
+    write(result, f'layer_speed_{device.type}', args.out)
 
 
 if __name__ == '__main__':
