@@ -33,8 +33,9 @@ format: setup-dev  ## mend what ruff can mend
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-bench: setup  ## measure what psBN and the hook cost, and the leak of LeakyReLU
+bench: setup  ## measure what psBN, trained and deployed, and the hook cost, and the leak of LeakyReLU
 	@$(VENV)/bin/python benchmarks/layer_speed.py
+	@$(VENV)/bin/python benchmarks/deploy_speed.py
 	@$(VENV)/bin/python demo/make_dataset.py data/demo
 	@$(VENV)/bin/python benchmarks/hook_overhead.py
 	@$(VENV)/bin/python benchmarks/leak_share.py
