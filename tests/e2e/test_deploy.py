@@ -236,6 +236,7 @@ def test_without_folding_each_psbn_adds_its_shift_unless_converted(twins, export
     assert psbn.nodes['BatchNormalization'] == bn.nodes['BatchNormalization'] == num_norms
     assert psbn.nodes['Add'] == bn.nodes['Add'] + num_norms
     assert psbn.nodes['Constant'] == bn.nodes['Constant']
+    assert psbn.nodes_at_run_time == bn.nodes_at_run_time
     converted = export(psbn_to_bn(copy.deepcopy(twins.psbn)), **kwargs)
     assert converted.nodes == bn.nodes
     assert_close_outputs(converted.outputs, psbn.outputs)
