@@ -25,8 +25,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from psbn_mmdet.layers import psbn_to_bn  # noqa: E402
 from timing import hardware, side_by_side, spread, write  # noqa: E402
+
+from psbn_mmdet.layers import psbn_to_bn  # noqa: E402
 
 RUNS = {
     'retinanet': lambda detector: partial(detector, mode='tensor'),

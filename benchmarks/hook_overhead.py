@@ -24,9 +24,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from timing import now, spread, write  # noqa: E402
+
 from psbn_mmdet.collapse import GradientWatch, census, find_norms  # noqa: E402
 from psbn_mmdet.hooks import CollapseHook  # noqa: E402
-from timing import now, spread, write  # noqa: E402
 
 DETECTORS = {
     'demo': ('demo/faster-rcnn_r18_fpn_psbn_demo.py', (128, 128)),

@@ -23,8 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from psbn_mmdet.layers import PostShiftedBatchNorm2d  # noqa: E402
 from timing import hardware, side_by_side, spread, timed, write  # noqa: E402
+
+from psbn_mmdet.layers import PostShiftedBatchNorm2d  # noqa: E402
 
 
 class BNPlusShift(nn.BatchNorm2d):

@@ -20,6 +20,7 @@ from mmengine.model import (
 )
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
+from randomize import randomize
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -34,7 +35,6 @@ from psbn_mmdet.layers import (
     bn_to_psbn,
     psbn_to_bn,
 )
-from randomize import randomize
 
 SHAPES = {
     'psBN': (4, 6, 5, 5),

@@ -17,12 +17,12 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.structures import InstanceData
+from randomize import randomize
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import psbn_mmdet  # noqa: F401
 from psbn_mmdet.layers import PostShiftedBatchNorm, psbn_to_bn
-from randomize import randomize
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ('disc', 'square', 'triangle', 'cross')

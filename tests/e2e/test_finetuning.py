@@ -11,10 +11,10 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from randomize import randomize
 from torch import Tensor, nn
 
 import psbn_mmdet  # noqa: F401
-from randomize import randomize
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / 'configs/psbn'
 STEPS = 3
