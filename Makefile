@@ -1,10 +1,10 @@
-# make setup | demo | figures | test | lint | format | bench        [STACK=onedl|openmmlab] [ARGS='...']
+# make setup | demo | figures | docs | test | lint | format | bench        [STACK=onedl|openmmlab] [ARGS='...']
 STACK ?= onedl
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo figures test lint format bench
+.PHONY: help setup setup-dev demo figures docs test lint format bench
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -20,6 +20,9 @@ demo: setup  ## train a small psBN detector on drawn data, count collapse, plot 
 
 figures: setup  ## make the README's picture again, from two trainings
 	@$(VENV)/bin/python scripts/figures.py $(ARGS)
+
+docs: setup  ## run the commands in the docs again and put in what they print
+	@$(VENV)/bin/python scripts/transcripts.py
 
 test: setup-dev  ## run the test suite, e.g. ARGS='-k layers'
 	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
