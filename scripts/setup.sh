@@ -32,7 +32,7 @@ mmcv=$(grep -E '^(onedl-)?mmcv==' "requirements/$stack.txt")
 # it), the pins and this script.
 made_from() { (pwd && cat "$@" scripts/setup.sh) | cksum; }
 base=$(made_from setup.py requirements/{build,common,"$stack"}.txt)
-dev=$(made_from requirements/{build,common,"$stack",dev}.txt)
+dev=$(made_from requirements/{build,common,"$stack",dev,"dev-$stack"}.txt)
 is_done() { # name, wanted content
   [ -x "$py" ] && [ "$(cat "$venv/$1.stamp" 2>/dev/null)" = "$2" ]
 }
@@ -163,7 +163,7 @@ if ! is_done base "$base"; then
   echo "$base" >"$venv/base.stamp"
 fi
 if [ -n "$with_dev" ] && ! is_done dev "$dev"; then
-  run 'installing the test tools' pip -r "requirements/$stack.txt" -r requirements/dev.txt
+  run 'installing the test tools' pip -r "requirements/$stack.txt" -r "requirements/dev-$stack.txt"
   echo "$dev" >"$venv/dev.stamp"
 fi
 say_ready
