@@ -22,6 +22,7 @@ from .records import (
     read_records,
 )
 from .rectifiers import ForwardTrace, RectifierTrace, trace_rectifiers, what_follows
+from .snapshots import copy_snapshots, find_snapshots, read_snapshot, write_snapshot
 
 __all__ = [
     'KINDS',
@@ -37,12 +38,16 @@ __all__ = [
     'census_of_state_dict',
     'check_thresholds',
     'compare',
+    'copy_snapshots',
     'find_norms',
+    'find_snapshots',
     'format_ranges',
     'leak_share',
     'parse_ranges',
     'read_records',
+    'read_snapshot',
     'stage_of',
     'trace_rectifiers',
     'what_follows',
+    'write_snapshot',
 ]

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import replacing
+
 RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
 FORMAT = 1
 
@@ -105,12 +107,9 @@ class RecordWriter:
         self, path: str | os.PathLike, header: dict[str, Any], reports: list | tuple = ()
     ) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix('.part')
-        with open(part, 'w') as file:
+        with replacing(self.path) as part, open(part, 'w') as file:
             for line in ({'format': FORMAT, **header}, *reports):
                 file.write(json.dumps(line) + '\n')
-        os.replace(part, self.path)
 
     def append(self, report: dict[str, Any]) -> None:
         """Write a report and flush it."""

@@ -31,9 +31,11 @@ from ..collapse import (
     RecordWriter,
     census,
     check_thresholds,
+    copy_snapshots,
     find_norms,
     format_ranges,
     read_records,
+    write_snapshot,
 )
 from ..layers import PostShiftedBatchNorm
 from ..version import __version__
@@ -49,9 +51,10 @@ class CollapseHook(Hook):
     Every ``interval`` iterations the counts go to the message hub as ``train/collapse/...``, so
     that the text log, the JSON log and every visualizer backend have them. With the channels'
     numbers they go to ``<work_dir>/<timestamp>/collapse.jsonl``, which a resumed run continues in
-    its own folder. After each epoch a table by stage is logged, and TensorBoard, where it is among
-    the visualizer's backends, gets each stage's number of collapsed filters and the histograms of
-    its gammas and effective shifts.
+    its own folder. All gammas and effective shifts are kept beside it, in ``snapshots``, from the
+    start, from each epoch's end and from the end of the training. After each epoch a table by
+    stage is logged, and TensorBoard, where it is among the visualizer's backends, gets each
+    stage's number of collapsed filters and the histograms of its gammas and effective shifts.
 
     What *vanished*, *dead*, *trapped* and *collapsed* mean is said in
     :mod:`psbn_mmdet.collapse.census`. *New* and *revived* filters have become or ceased to be
@@ -165,6 +168,7 @@ class CollapseHook(Hook):
         self._history: list[dict] = []
         if runner.iter > 0:
             self._continue_record(runner)
+        self._keep_snapshot(runner, self._census({}))
         self._trace = self._start_trace(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -189,10 +193,11 @@ class CollapseHook(Hook):
             self._watch.reset()
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Log the table by stage, and draw curves and histograms in TensorBoard."""
+        """Keep a snapshot, log the table by stage, draw curves and histograms in TensorBoard."""
         if self._watch is None:
             return
         now = self._census({})
+        self._keep_snapshot(runner, now)
         runner.logger.info(self._epoch.render(runner.iter, now))
         self._epoch = _EpochTable()
         backend = runner.visualizer.get_backend('TensorboardVisBackend')
@@ -206,8 +211,9 @@ class CollapseHook(Hook):
                     backend.experiment.add_histogram(f'{what}/{stage}', values, runner.iter)
 
     def after_train(self, runner: Runner) -> None:
-        """Detach from the optimisers."""
+        """Keep the last snapshot, detach from the optimisers."""
         if self._watch is not None:
+            self._keep_snapshot(runner, self._census({}))
             self._watch.close()
             self._watch = None
 
@@ -225,6 +231,13 @@ class CollapseHook(Hook):
         return census(
             self._model, tau=self.tau, k=self.k, rectifiers=self._rectifiers, trapped=trapped
         )
+
+    def _keep_snapshot(self, runner: Runner, now: Census) -> None:
+        gamma, shift = (
+            np.concatenate([getattr(layer, what) for layer in now.layers])
+            for what in ('gamma', 'shift')
+        )
+        write_snapshot(runner.log_dir, runner.iter, gamma, shift)
 
     def _report(self, runner: Runner, watch: GradientWatch) -> None:
         trapped = watch.trapped()
@@ -331,6 +344,7 @@ class CollapseHook(Hook):
             reports = [report for report in records.reports if report['iter'] <= runner.iter]
             if layers == names and reports:
                 self._history = reports
+                copy_snapshots(path.parent, runner.log_dir, last=runner.iter)
                 self._restore(records, reports[-1])
                 return
 

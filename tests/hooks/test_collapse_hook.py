@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from psbn_mmdet.collapse import parse_ranges, read_records
+from psbn_mmdet.collapse import find_snapshots, parse_ranges, read_records, read_snapshot
 from psbn_mmdet.hooks import CollapseHook
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
@@ -261,6 +261,29 @@ def test_arguments_out_of_range_are_refused(argument, value):
         CollapseHook(**{argument: value})
 
 
+# Snapshots
+
+
+def test_gamma_and_shift_are_kept_at_the_start_after_each_epoch_and_at_the_end(tmp_path):
+    model = Classifier(PostShiftedBatchNorm2d)
+    runner = run(tmp_path, model, epochs=2, weight_decay=0.1)
+    found = find_snapshots(runner.log_dir)
+    assert list(found) == [0, 12, 24]
+    gamma, shift = read_snapshot(found[0], 16)
+    killed = [0, 3, 4, 8 + 7]  # the head's channels follow the stem's
+    assert gamma[killed] == pytest.approx(0.01, abs=1e-5)
+    assert shift[killed] == pytest.approx(-0.9, abs=1e-3)  # beta -1, shift 0.1
+    for values, what in zip(read_snapshot(found[24], 16), ('weight', 'bias')):
+        norms = torch.cat([getattr(model.stem[1], what), getattr(model.head[1], what)])
+        assert values == pytest.approx(norms.detach().numpy(), rel=1e-3)
+
+
+def test_a_loop_without_epochs_keeps_start_and_end(tmp_path):
+    cfg = dict(by_epoch=False, max_iters=10)
+    runner = run(tmp_path, Classifier(), train_cfg=cfg)
+    assert list(find_snapshots(runner.log_dir)) == [0, 10]
+
+
 # Resume
 
 
@@ -292,6 +315,9 @@ def test_resume_continues_the_record_without_repeating_an_iteration(tmp_path):
     assert second.log_dir != first.log_dir
     resumed = records_of(second)
     assert [r['iter'] for r in resumed.reports] == [r['iter'] for r in whole.reports]
+    assert list(find_snapshots(second.log_dir)) == [0, 12, 24, 36, 48, 60]
+    start = [find_snapshots(run.log_dir)[0].read_bytes() for run in (first, second)]
+    assert start[0] == start[1]
     for a, b in zip(resumed.reports, whole.reports):
         assert a['channels']['collapsed'] == b['channels']['collapsed'], a['iter']
         assert a['total']['revived'] == b['total']['revived'], a['iter']

@@ -1,0 +1,96 @@
+"""Snapshots of all gammas and effective shifts, which the hook keeps beside its record.
+
+``snapshots/iter_<n>.npy`` in a run's log folder is a float16 array of shape (2, C): gamma and
+effective shift of all channels after n iterations, layer by layer in the order of the record's
+header.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from ..files import replacing
+
+FOLDER = 'snapshots'  # in a run's log folder
+
+
+def write_snapshot(
+    run: str | os.PathLike, iteration: int, gamma: np.ndarray, shift: np.ndarray
+) -> Path:
+    """Write the snapshot of an iteration, unless it is there.
+
+    Args:
+        run (str | PathLike): The run's log folder.
+        iteration (int): Number of iterations done.
+        gamma (np.ndarray): Of all channels, shape (C,).
+        shift (np.ndarray): Effective shifts of all channels, shape (C,).
+
+    Returns:
+        Path: The file.
+    """
+    path = Path(run) / FOLDER / f'iter_{iteration}.npy'
+    if not path.exists():
+        with np.errstate(over='ignore'):  # what float16 cannot hold is infinite
+            values = np.stack([gamma, shift]).astype(np.float16)
+        with replacing(path) as part, open(part, 'wb') as file:
+            np.save(file, values)
+    return path
+
+
+def find_snapshots(run: str | os.PathLike) -> dict[int, Path]:
+    """Find a run's snapshots.
+
+    Args:
+        run (str | PathLike): The run's log folder.
+
+    Returns:
+        dict[int, Path]: Files by iteration, the earliest first; empty if there are none.
+    """
+    found = {}
+    for path in (Path(run) / FOLDER).glob('iter_*.npy'):
+        match = re.fullmatch(r'iter_(\d+)\.npy', path.name)
+        if match:
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def read_snapshot(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read a snapshot.
+
+    Args:
+        path (str | PathLike): An ``iter_<n>.npy`` file.
+        channels (int): Number of channels C of the record that it stands beside.
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: Gamma and effective shift, shape (C,) each.
+
+    Raises:
+        ValueError: If the file is damaged or of another network.
+    """
+    try:
+        values = np.load(path, allow_pickle=False)
+        if values.shape != (2, channels):
+            raise ValueError(f'shape {values.shape}, the record has {channels} channels')
+    except (ValueError, EOFError) as error:
+        raise ValueError(f'{path} is no snapshot of this run ({error}): delete it') from None
+    gamma, shift = values.astype(np.float32)
+    return gamma, shift
+
+
+def copy_snapshots(source: str | os.PathLike, run: str | os.PathLike, last: int) -> None:
+    """Copy the snapshots of a run that is continued, up to an iteration.
+
+    Args:
+        source (str | PathLike): The earlier run's log folder.
+        run (str | PathLike): The log folder of the run that continues it.
+        last (int): The iteration at which it continues.
+    """
+    for iteration, path in find_snapshots(source).items():
+        if iteration <= last:
+            with replacing(Path(run) / FOLDER / path.name) as part:
+                shutil.copyfile(path, part)

@@ -1,0 +1,39 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file beside ``path``, and put it in the place of ``path`` once it is whole.
+
+    Folders that are missing are made. If the block fails ``path`` stays as it was.
+
+    Args:
+        path (str | PathLike): The file to write or to replace.
+
+    Yields:
+        Path: Where to write to.
+
+    Examples:
+        >>> import tempfile
+        >>> from psbn_mmdet.files import replacing
+        >>> out = Path(tempfile.mkdtemp()) / 'new' / 'page.html'
+        >>> with replacing(out) as part:
+        ...     _ = part.write_text('whole')
+        >>> out.read_text()
+        'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
