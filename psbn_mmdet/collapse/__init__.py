@@ -20,6 +20,8 @@ from .records import (
     format_ranges,
     parse_ranges,
     read_records,
+    stream_json,
+    stream_records,
 )
 from .rectifiers import ForwardTrace, RectifierTrace, trace_rectifiers, what_follows
 from .snapshots import copy_snapshots, find_snapshots, read_snapshot, write_snapshot
@@ -47,6 +49,8 @@ __all__ = [
     'read_records',
     'read_snapshot',
     'stage_of',
+    'stream_json',
+    'stream_records',
     'trace_rectifiers',
     'what_follows',
     'write_snapshot',

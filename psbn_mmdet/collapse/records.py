@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -70,27 +71,73 @@ def read_records(path: str | os.PathLike) -> Records:
     Raises:
         ValueError: If a line is damaged; the message has its number.
     """
-    lines = Path(path).read_bytes().split(b'\n')
-    lines.pop()  # what follows the last newline: nothing, or the torn line
-    parsed = []
-    for number, line in enumerate(lines, start=1):
+    with open(path, 'rb') as file:
+        header, *reports = stream_records(file, lambda header: None, _check_report)
+    return Records(header, reports)
+
+
+def stream_records(
+    file: BinaryIO, take_header: Callable[[dict], object], take_report: Callable[[dict], object]
+) -> Iterator[dict[str, Any]]:
+    """Read a collapse record line by line, holding no more than one.
+
+    Args:
+        file (BinaryIO): A ``collapse.jsonl`` file, opened.
+        take_header (Callable[[dict], object]): Called with the header. What it raises for want of
+            a key, or for a value out of place, is an error of that line.
+        take_report (Callable[[dict], object]): The same, for each report.
+
+    Yields:
+        dict: The header, then the reports.
+
+    Raises:
+        ValueError: If a line is damaged; the message has its number.
+    """
+
+    def take(number: int, value: Any) -> None:
+        if number == 1 and value['format'] != FORMAT:
+            raise ValueError(f'format {value["format"]}, this version reads {FORMAT}')
+        (take_header if number == 1 else take_report)(value)
+
+    empty = True
+    for value in stream_json(file, take):
+        empty = False
+        yield value
+    if empty:
+        raise ValueError(
+            f'{file.name} has no header line: it is no collapse record, or was cut off'
+        )
+
+
+def stream_json(file: BinaryIO, take: Callable[[int, Any], object]) -> Iterator[Any]:
+    """Read a file of JSON lines one by one, without a torn last line.
+
+    Args:
+        file (BinaryIO): The file, opened.
+        take (Callable[[int, Any], object]): Called with each line's number and value.
+
+    Yields:
+        Any: The lines' values.
+
+    Raises:
+        ValueError: If a line is no JSON, or ``take`` finds it damaged.
+    """
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b'\n'):
+            return
         try:
             value = json.loads(line)
-            if number == 1 and value['format'] != FORMAT:
-                raise ValueError(f'format {value["format"]}, this version reads {FORMAT}')
-            parsed.append(value if number == 1 else _checked_report(value))
-        except (ValueError, KeyError, TypeError) as error:
+            take(number, value)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
-                f'{path}, line {number} is damaged ({error}): restore the file, or delete the line'
+                f'{file.name}, line {number} is damaged ({error}): restore the file, '
+                'or delete the line'
             ) from None
-    if not parsed:
-        raise ValueError(f'{path} has no header line: it is no collapse record, or was cut off')
-    return Records(parsed[0], parsed[1:])
+        yield value
 
 
-def _checked_report(report: dict[str, Any]) -> dict[str, Any]:
+def _check_report(report: dict[str, Any]) -> None:
     report['iter'], report['total']['collapsed'], report['channels']['collapsed']
-    return report
 
 
 class RecordWriter:
