@@ -46,6 +46,7 @@ EXTRAS = {
         'pytest',
         'pytest-xdist',
         'ruff',
+        'selenium',
         'tensorboard',
     ],
 }
@@ -67,9 +68,9 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=find_packages(include=['psbn_mmdet', 'psbn_mmdet.*']),
-    package_data={'psbn_mmdet': ['py.typed']},
+    package_data={'psbn_mmdet': ['py.typed', 'report/templates/*.j2']},
     python_requires='>=3.10',
-    install_requires=['torch', 'numpy', 'matplotlib', 'rich', 'safetensors'],
+    install_requires=['torch', 'numpy', 'matplotlib>=3.8', 'rich', 'jinja2', 'safetensors'],
     extras_require=EXTRAS,
     zip_safe=False,
 )

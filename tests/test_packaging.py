@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_version_is_the_packages_own(metadata):
 
 def test_neither_stack_is_a_hard_requirement(metadata):
     hard = {r.name for r in map(Requirement, metadata['Requires-Dist']) if r.marker is None}
-    assert {'torch', 'numpy'} <= hard
+    assert {'torch', 'numpy', 'jinja2'} <= hard
     assert not {name for name in hard if 'mm' in name}
 
 
@@ -165,10 +166,17 @@ def test_setup_says_in_one_sentence_what_is_wrong(arguments, python, message, tm
     assert len(result.stderr.splitlines()) == 1
 
 
+def fake(folder: Path, **scripts: str) -> None:
+    """Put commands into a folder."""
+    for name, script in scripts.items():
+        path = folder / name.replace('_', '-')
+        path.write_text(f'#!/bin/sh\n{script}\n')
+        path.chmod(0o755)
+
+
 def test_ci_runs_the_test_command_and_keeps_pips_own_links(tmp_path):
     """With a `make` that only tells what it was called with."""
-    (tmp_path / 'make').write_text('#!/bin/sh\necho "make $* links=$PIP_FIND_LINKS"\nexit 7\n')
-    (tmp_path / 'make').chmod(0o755)
+    fake(tmp_path, make='echo "make $* links=$PIP_FIND_LINKS"; exit 7', chromedriver='')
     env = {'PATH': f'{tmp_path}:{ENV["PATH"]}', 'PIP_FIND_LINKS': '/some/links'}
     for wheels in (False, True):
         clone = tmp_path / f'{wheels}/clone'
@@ -180,6 +188,23 @@ def test_ci_runs_the_test_command_and_keeps_pips_own_links(tmp_path):
         expected = '/some/links ../shared/wheels' if wheels else '/some/links'
         assert result.stdout == f'make test links={expected}\n'
         assert result.returncode == 7
+
+
+@pytest.mark.parametrize(
+    ('user', 'apt_get', 'said'),
+    [
+        (0, 'echo "apt-get $*"', 'apt-get -qq install -y --no-install-recommends chromium'),
+        (0, 'exit 100', 'its tests will be skipped'),
+        (1000, 'echo "apt-get $*"', ''),
+    ],
+)
+def test_ci_installs_chromium_where_it_can_and_goes_on_where_not(tmp_path, user, apt_get, said):
+    fake(tmp_path, make='echo tested', id=f'echo {user}', apt_get=apt_get)
+    for name in ('bash', 'dirname'):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    result = run(ROOT / '.ci/run', cwd=tmp_path, PATH=str(tmp_path))
+    assert result.stdout == 'tested\n' and result.returncode == 0
+    assert said in result.stderr if said else result.stderr == ''
 
 
 def test_mmcv_is_compiled_at_the_pinned_version():
