@@ -1,13 +1,13 @@
-# make setup | demo | figures | docs | test | lint | format | bench        [STACK=onedl|openmmlab] [ARGS='...']
+# make setup | demo | demo-compare | figures | docs | test | lint | format | bench        [STACK=onedl|openmmlab] [ARGS='...']
 STACK ?= onedl
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo figures docs test lint format bench
+.PHONY: help setup setup-dev demo demo-compare figures docs test lint format bench
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup:  ## create the virtual environment: torch, MMDetection, this package
 	@scripts/setup.sh $(STACK)
@@ -15,10 +15,13 @@ setup:  ## create the virtual environment: torch, MMDetection, this package
 setup-dev:
 	@scripts/setup.sh $(STACK) dev
 
-demo: setup  ## train a small psBN detector on drawn data, count collapse, plot it
+demo: setup  ## train a small psBN detector on drawn data, count collapse, write a report
 	@$(VENV)/bin/python scripts/demo.py $(ARGS)
 
-figures: setup  ## make the README's picture again, from two trainings
+demo-compare: setup  ## train it with BN and with psBN where filters collapse, compare them
+	@$(VENV)/bin/python scripts/compare.py $(ARGS)
+
+figures: setup-dev  ## make docs/images again from the kept runs of demo-compare
 	@$(VENV)/bin/python scripts/figures.py $(ARGS)
 
 docs: setup  ## run the commands in the docs again and put in what they print

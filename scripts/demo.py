@@ -105,7 +105,7 @@ def main() -> None:
         f'\ndemo: {last_scores()}; logs and checkpoints are in {WORK_DIR}\n{last_table()}',
         flush=True,
     )
-    run('tools/plot_collapse.py', WORK_DIR)
+    run('tools/report.py', WORK_DIR, '-o', WORK_DIR / 'report.html')
 
 
 if __name__ == '__main__':

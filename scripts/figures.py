@@ -1,75 +1,48 @@
-"""Make the README's picture: the demo detector with BN and with psBN, where filters collapse.
+"""Make docs/images again from the kept runs of `make demo-compare`: every figure, and the page.
 
-Same seed, data and schedule; weight decay on gamma and beta is 0.01, twenty times that of the demo.
-Each run's collapse record and scores are kept in benchmarks/results/compare/; the picture is drawn
-from them. A finished run is not made again, an interrupted one is resumed.
+The page's pictures need Chromium; without it they stay as they are.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from browser import browser, missing, screenshot
+
+from psbn_mmdet.report import write_report
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path('benchmarks/results/compare')
-NORMS = {'bn': 'BN', 'psbn': 'psBN'}
-OPTIONS = ['optim_wrapper.paramwise_cfg.norm_decay_mult=20']
-
-
-def run(*command: object) -> None:
-    """Run a script with this interpreter; if it fails, end with its exit code."""
-    code = subprocess.call([sys.executable, *map(str, command)])
-    if code:
-        sys.exit(code)
-
-
-def keep(norm: str, work_dir: Path) -> None:
-    """Copy a run's record, and gather its scores."""
-    folder = RESULTS / norm
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(max(work_dir.glob('*/collapse.jsonl')), folder)
-    scores = {}
-    for log in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        for line in log.read_text().splitlines():
-            values = json.loads(line)
-            if 'coco/bbox_mAP' in values:
-                scores[values['step']] = {
-                    'AP': values['coco/bbox_mAP'],
-                    'AP50': values['coco/bbox_mAP_50'],
-                }
-    (folder / 'scores.json').write_text(json.dumps(scores, indent=1) + '\n')
+KEPT = Path('benchmarks/results/compare')
+OUT = Path('docs/images')
+PAGES = {
+    'page_one_run': {'psBN': KEPT / 'psbn'},
+    'page_two_runs': {'BN': KEPT / 'bn', 'psBN': KEPT / 'psbn'},
+}
 
 
 def main() -> None:
-    """Train what is not trained yet, keep the results, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--work-dir', type=Path, default='work_dirs/compare')
-    parser.add_argument('--draw-only', action='store_true', help='draw from the kept results')
-    args = parser.parse_args()
+    """Write both reports, copy the figures of the second, photograph both."""
     os.chdir(ROOT)
-    if not args.draw_only:
-        run('demo/make_dataset.py', 'data/demo')
-        for norm in NORMS:
-            config = f'demo/faster-rcnn_r18_fpn_{norm}_demo.py'
-            work_dir = args.work_dir / norm
-            run(
-                'tools/train.py',
-                config,
-                '--work-dir',
-                work_dir,
-                '--resume',
-                '--cfg-options',
-                *OPTIONS,
-            )
-            keep(norm, work_dir)
-    records = [RESULTS / norm / 'collapse.jsonl' for norm in NORMS]
-    out = ['-o', 'docs/images/collapse.png']
-    run('tools/plot_collapse.py', *records, '--labels', *NORMS.values(), *out)
+    OUT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        pages = [write_report(runs, Path(folder) / f'{name}.html') for name, runs in PAGES.items()]
+        for figure in sorted(Path(folder).glob('page_two_runs_figures/*.png')):
+            shutil.copy(figure, OUT)
+            print(f'figures: {OUT / figure.name}')
+        reason = missing()
+        if reason:
+            print(f'figures: the pictures of the page stay as they are: {reason}', file=sys.stderr)
+            return
+        with browser() as driver:
+            for page in pages:
+                screenshot(driver, page, OUT / f'{page.stem}.png')
+                print(f'figures: {OUT / page.stem}.png')
 
 
 if __name__ == '__main__':

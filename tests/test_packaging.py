@@ -127,7 +127,9 @@ def test_importing_without_mmengine_names_both_installs():
     assert '[openmmlab]' in result.stdout
 
 
-@pytest.mark.parametrize('target', ['setup', 'demo', 'figures', 'test', 'lint', 'format', 'bench'])
+@pytest.mark.parametrize(
+    'target', ['setup', 'demo', 'demo-compare', 'figures', 'test', 'lint', 'format', 'bench']
+)
 def test_make_target_exists_and_sets_up_first(target):
     result = run('make', '--dry-run', target)
     assert result.returncode == 0, result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -166,6 +167,7 @@ class CollapseHook(Hook):
         self._epoch = _EpochTable()
         self._writer: RecordWriter | None = None
         self._history: list[dict] = []
+        self._continues: str | None = None  # the earlier run's log folder, from this one's
         if runner.iter > 0:
             self._continue_record(runner)
         self._keep_snapshot(runner, self._census({}))
@@ -319,6 +321,7 @@ class CollapseHook(Hook):
                 'window': self.window,
                 'tau': self.tau,
                 'k': self.k,
+                'continues': self._continues,
                 'versions': {
                     'psbn_mmdet': __version__,
                     'torch': torch.__version__,
@@ -344,6 +347,7 @@ class CollapseHook(Hook):
             reports = [report for report in records.reports if report['iter'] <= runner.iter]
             if layers == names and reports:
                 self._history = reports
+                self._continues = os.path.relpath(path.parent, runner.log_dir)
                 copy_snapshots(path.parent, runner.log_dir, last=runner.iter)
                 self._restore(records, reports[-1])
                 return

@@ -1,16 +1,19 @@
-"""What people look at: figures from the records of training runs, the audit of checkpoints."""
+"""What people look at: the report of training runs, the audit of checkpoints."""
 
 from .audit import Audit, audit_to_csv, audit_to_dict, audit_to_text, plot_audit
 from .channels import draw_channels
-from .plots import find_record, plot_collapse
+from .page import write_report
+from .runs import Run, find_record, read_run
 
 __all__ = [
     'Audit',
+    'Run',
     'audit_to_csv',
     'audit_to_dict',
     'audit_to_text',
     'draw_channels',
     'find_record',
     'plot_audit',
-    'plot_collapse',
+    'read_run',
+    'write_report',
 ]

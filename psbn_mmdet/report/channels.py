@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Polygon
 
 GREY = '#8C8C8C'
-BLUE = '#0072B2'  # of Okabe and Ito's palette
+BLUE, YELLOW = '#0072B2', '#F0E442'  # of Okabe and Ito's palette
 
 
 def draw_channels(
@@ -55,7 +55,7 @@ def draw_channels(
     finite = np.isfinite(gamma) & np.isfinite(shift)
     gamma, shift, collapsed = gamma[finite], shift[finite], collapsed[finite].astype(bool)
     for chosen, name, size, face in (
-        (~collapsed, 'not collapsed', 5, to_rgba(GREY, 0.5)),
+        (~collapsed, 'not collapsed', 7, to_rgba(GREY, 0.5)),
         (collapsed, 'collapsed', 14, to_rgba(colour)),
     ):
         ax.scatter(
@@ -74,7 +74,7 @@ def draw_channels(
     ax.add_artist(
         Polygon(
             [(0, 0), (far, -k * far), (far, deep), (-far, deep), (-far, -k * far)],
-            color='#F0E442',
+            color=YELLOW,
             alpha=0.35,
             linewidth=0,
             zorder=1,

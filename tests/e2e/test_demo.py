@@ -44,11 +44,15 @@ def first(checkout):
     return demo(checkout)
 
 
-def test_it_trains_and_shows_ap_table_and_plot(checkout, first):
+def test_it_trains_and_shows_ap_table_and_report(checkout, first):
     assert re.search(r'AP 0\.\d+, AP50 0\.\d+', first)
     assert 'Collapsed filters at iteration 8' in first
-    path = re.search(r'The plot of collapsed filters is in (\S+\.png)', first)[1]
-    assert cv2.imread(str(checkout / path)).std() > 10
+    assert first.endswith('The report is in work_dirs/demo/report.html\n')
+    page = (checkout / 'work_dirs/demo/report.html').read_text()
+    assert page.count('data:image/svg+xml;base64,') >= 4
+    for name in ('counts', 'channels', 'scores'):
+        picture = cv2.imread(str(checkout / f'work_dirs/demo/report_figures/{name}.png'))
+        assert picture.std() > 10, name
     (log,) = checkout.glob('work_dirs/demo/*/*.log')
     assert re.search(
         r'Epoch\(train\).*collapse/collapsed: \d+ .*collapse/revived: \d+', log.read_text()

@@ -316,6 +316,9 @@ def test_resume_continues_the_record_without_repeating_an_iteration(tmp_path):
     resumed = records_of(second)
     assert [r['iter'] for r in resumed.reports] == [r['iter'] for r in whole.reports]
     assert list(find_snapshots(second.log_dir)) == [0, 12, 24, 36, 48, 60]
+    earlier = Path(second.log_dir) / resumed.header['continues']
+    assert earlier.resolve() == Path(first.log_dir).resolve()
+    assert whole.header['continues'] is None
     start = [find_snapshots(run.log_dir)[0].read_bytes() for run in (first, second)]
     assert start[0] == start[1]
     for a, b in zip(resumed.reports, whole.reports):

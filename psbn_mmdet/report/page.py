@@ -1,0 +1,167 @@
+"""The report: one HTML file that opens from disk, and its figures beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from ..collapse import format_ranges
+from ..files import replacing
+from .figures import FIGURES
+from .runs import Run, read_run
+from .stages import COLUMNS, stage_rows
+from .style import COLOURS, STYLE, printable
+
+DPI = 150
+
+
+def write_report(
+    work_dirs: Mapping[str, str | os.PathLike],
+    out: str | os.PathLike,
+    progress: Callable[[str, float], None] = lambda what, share: None,
+) -> Path:
+    """Write the report of one or more runs.
+
+    The page is one self-contained HTML file. The same figures are written as PNG and SVG into a
+    folder beside it, ``report_figures`` for ``report.html``.
+
+    Args:
+        work_dirs (Mapping[str, str | PathLike]): Work dirs, run folders or records, by label.
+        out (str | PathLike): The page to write.
+        progress (Callable[[str, float], None]): Called with what is done, and the share of it
+            that is done, from 0 to 1.
+
+    Returns:
+        Path: ``out``.
+
+    Raises:
+        FileNotFoundError: If a work dir has no record.
+        ValueError: If there are more runs than colours, if a label is empty, if ``out`` is a
+            folder, or if a file is damaged or has no report yet.
+
+    Examples:
+        >>> from psbn_mmdet.report import write_report
+        >>> runs = {'BN': 'work_dirs/bn', 'psBN': 'work_dirs/psbn'}
+        >>> write_report(runs, 'report.html')  # doctest: +SKIP
+    """
+    if not 1 <= len(work_dirs) <= len(COLOURS):
+        raise ValueError(
+            f'{len(work_dirs)} runs cannot be told apart by colour: give 1 to {len(COLOURS)}'
+        )
+    if not all(label.strip() for label in work_dirs):
+        raise ValueError("a label is empty, '': give each run a name")
+    out = Path(out)
+    if out.is_dir():
+        raise ValueError(f'{out} is a folder: name a file, such as {out / "report.html"}')
+    runs = []
+    for label, path in work_dirs.items():
+        what = f'reading {printable(label)}'
+        progress(what, 0)
+        runs.append(read_run(path, printable(label), lambda share: progress(what, share)))  # noqa: B023
+    figures, files = _draw(runs, progress)
+
+    folder = out.with_name(f'{out.stem}_figures')
+    page = (
+        _environment()
+        .get_template('report.html.j2')
+        .render(
+            runs=[_facts(run, colour) for run, colour in zip(runs, COLOURS)],
+            figures=figures,
+            folder=printable(folder.name),
+            columns=COLUMNS,
+        )
+    )
+    for name in FIGURES:
+        for ending in ('png', 'svg'):
+            file = f'{name}.{ending}'
+            if file in files:
+                with replacing(folder / file) as part:
+                    part.write_bytes(files[file])
+            else:  # of an earlier report
+                (folder / file).unlink(missing_ok=True)
+    with replacing(out) as part:
+        part.write_text(page, encoding='utf-8')
+    return out
+
+
+def _draw(
+    runs: Sequence[Run], progress: Callable[[str, float], None]
+) -> tuple[list[dict[str, str]], dict[str, bytes]]:
+    """What the page shows of each figure, and the figures' files by name."""
+    shown, files = [], {}
+    for number, (name, place) in enumerate(FIGURES.items()):
+        progress('drawing', number / len(FIGURES))
+        entry = {'name': name, 'heading': place.heading, 'text': place.text}
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            # A letter that the font lacks is drawn as a box; the page has the name in full.
+            warnings.filterwarnings('ignore', r'Glyph .* missing from font')
+            figure = place.draw(runs)
+            if isinstance(figure, Figure):
+                for ending, content in _render(figure).items():
+                    files[f'{name}.{ending}'] = content
+                entry['title'] = figure.get_suptitle().replace('\n', ' ')
+                entry['svg'] = base64.b64encode(files[f'{name}.svg']).decode()
+            else:
+                entry['missing'] = figure
+        shown.append(entry)
+    progress('drawing', 1)
+    return shown, files
+
+
+def _render(figure: Figure) -> dict[str, bytes]:
+    """A figure as PNG and SVG, by the ending of the file's name."""
+    written = {}
+    for ending, canvas, metadata in (
+        ('png', FigureCanvasAgg, None),
+        ('svg', FigureCanvasSVG, {'Date': None}),
+    ):
+        content = io.BytesIO()
+        canvas(figure).print_figure(content, format=ending, dpi=DPI, metadata=metadata)
+        written[ending] = content.getvalue()
+    return written
+
+
+def _facts(run: Run, colour: str) -> dict[str, Any]:
+    """What the page says of a run in words and tables."""
+    layers = run.header['layers']
+    collapsed = []
+    start = 0
+    for layer in layers:
+        mask = run.collapsed[start : start + layer['channels']]
+        start += layer['channels']
+        if mask.any():
+            collapsed.append((printable(layer['name']), int(mask.sum()), format_ranges(mask)))
+    return {
+        'label': run.label,
+        'colour': colour,
+        'path': printable(str(run.path)),
+        'norms': ', '.join(dict.fromkeys(printable(str(layer['norm'])) for layer in layers)),
+        'layers': len(layers),
+        'filters': int(run.sizes.sum()),
+        'iterations': int(run.iterations[-1]),
+        'reports': len(run.iterations),
+        'header': run.header,
+        'stages': [[printable(cell) for cell in row] for row in stage_rows(run)],
+        'collapsed': collapsed,
+    }
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader('psbn_mmdet.report'),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

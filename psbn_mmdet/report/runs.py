@@ -1,0 +1,425 @@
+"""What a report shows of a run, read from its work dir."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..collapse import (
+    KINDS,
+    RECORD_FILE,
+    find_snapshots,
+    parse_ranges,
+    read_snapshot,
+    stage_of,
+    stream_json,
+    stream_records,
+)
+from .thinning import Columns
+
+SCORES = {'AP': r'(.*/)?(bbox_)?m?AP', 'AP50': r'(.*/)?(bbox_)?m?AP_?50'}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All channels after a number of iterations.
+
+    Attributes:
+        iteration (int): Number of iterations done.
+        gamma (np.ndarray): Shape (C,).
+        shift (np.ndarray): Effective shift, shape (C,).
+        collapsed (np.ndarray): Bool, shape (C,), as of the last report.
+    """
+
+    iteration: int
+    gamma: np.ndarray
+    shift: np.ndarray
+    collapsed: np.ndarray
+
+
+@dataclass(frozen=True)
+class Life:
+    """When a channel was collapsed.
+
+    Attributes:
+        layer (int): Place of its layer in the header.
+        channel (int): Its number in the layer.
+        spans (list[tuple[int, int | None]]): Iterations of the reports at which it became
+            collapsed and was revived, None if it was not.
+    """
+
+    layer: int
+    channel: int
+    spans: list[tuple[int, int | None]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as far as a report shows it. R reports, L layers, C channels in all.
+
+    Attributes:
+        label (str): What the user calls it.
+        path (Path): Its record.
+        header (dict): The record's header.
+        iterations (np.ndarray): Shape (R,).
+        counts (dict[str, np.ndarray]): Of each kind, shape (R,), NaN where not observed.
+        learning_rate (np.ndarray): Shape (R,).
+        columns (Columns): Collapsed channels of each layer over iterations.
+        last (dict): The last report.
+        snapshots (list[Snapshot]): At the start, the middle and the end, as far as there are any.
+        scores (dict[str, tuple[list, list]]): Steps and values of 'AP' and 'AP50', where logged.
+    """
+
+    label: str
+    path: Path
+    header: dict[str, Any]
+    iterations: np.ndarray
+    counts: dict[str, np.ndarray]
+    learning_rate: np.ndarray
+    columns: Columns
+    last: dict[str, Any]
+    snapshots: list[Snapshot]
+    scores: dict[str, tuple[list[int], list[float]]]
+    _events: _Events
+
+    @property
+    def names(self) -> list[str]:
+        """The layers' names."""
+        return [layer['name'] for layer in self.header['layers']]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The layers' numbers of channels, shape (L,)."""
+        return np.array([layer['channels'] for layer in self.header['layers']])
+
+    @property
+    def stages(self) -> dict[str, list[int]]:
+        """The layers of each stage, by their places in the header."""
+        stages: dict[str, list[int]] = {}
+        for index, name in enumerate(self.names):
+            stages.setdefault(stage_of(name), []).append(index)
+        return stages
+
+    @property
+    def ever_collapsed(self) -> np.ndarray:
+        """Channels that were collapsed at any report, bool of shape (C,)."""
+        return self._events.start | self._events.touched(True)
+
+    @property
+    def ever_revived(self) -> np.ndarray:
+        """Channels that were revived at any report, bool of shape (C,)."""
+        return self._events.touched(False)
+
+    @property
+    def collapsed(self) -> np.ndarray:
+        """Channels that were collapsed at the last report, bool of shape (C,)."""
+        return self._events.state
+
+    @property
+    def score_unit(self) -> str:
+        """What the steps of the scores are: 'epoch' or 'iteration'."""
+        steps = [step for steps, _ in self.scores.values() for step in steps]
+        # A loop without epochs is always in its first.
+        return 'epoch' if self.last['epoch'] > 1 or max(steps, default=1) <= 1 else 'iteration'
+
+    def final(self, kind: str) -> int | None:
+        """The last report's count of a kind, None if it was not observed."""
+        return self.last['total'][kind]
+
+    def share_collapsed(self) -> tuple[np.ndarray, np.ndarray]:
+        """The layers' shares of collapsed channels over iterations.
+
+        Returns:
+            tuple[np.ndarray, np.ndarray]: Edges in iterations, shape (columns + 1,), and shares
+            from 0 to 1, shape (L, columns).
+        """
+        start = max(0.0, self.iterations[0] - self.header['interval'])
+        edges = np.concatenate(([start], self.columns.ends))
+        return edges, self.columns.values / np.maximum(self.sizes, 1)[:, None]
+
+    def lives(self, limit: int) -> list[Life]:
+        """The lives of channels that ever collapsed, by the time of their first collapse.
+
+        Args:
+            limit (int): The most to return: if there are more, evenly chosen ones.
+        """
+        return self._events.lives(limit, self.sizes, self.header['interval'], self.iterations)
+
+
+def find_record(path: str | os.PathLike) -> Path:
+    """Find the collapse record of a run.
+
+    Args:
+        path (str | PathLike): A record, the folder that it lies in, or a work dir, of which the
+            latest run is taken.
+
+    Returns:
+        Path: The record.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / RECORD_FILE).is_file():
+        return path / RECORD_FILE
+    found = sorted(path.glob(f'*/{RECORD_FILE}'))
+    if not found:
+        raise FileNotFoundError(
+            f'{path} has no */{RECORD_FILE}: give the work dir of a run with the CollapseHook'
+        )
+    return found[-1]
+
+
+def read_run(
+    path: str | os.PathLike, label: str, progress: Callable[[float], None] = lambda share: None
+) -> Run:
+    """Read what a report shows of a run. No more than a line of the record is held at a time.
+
+    Args:
+        path (str | PathLike): As for :func:`find_record`.
+        label (str): What to call the run.
+        progress (Callable[[float], None]): Called with the share done, from 0 to 1.
+
+    Returns:
+        Run: Thinned to what a screen can show.
+
+    Raises:
+        FileNotFoundError: If there is no record.
+        ValueError: If a file is damaged or the record has no report yet.
+    """
+    path = find_record(path)
+    reading = _Reading()
+    with open(path, 'rb') as file:
+        size = max(1, os.fstat(file.fileno()).st_size)
+        for number, _ in enumerate(stream_records(file, reading.take_header, reading.take_report)):
+            if number % 1000 == 0:
+                progress(min(1.0, file.tell() / size))
+    if not reading.iterations:
+        raise ValueError(
+            f'{path} has no report yet: train for more than one interval '
+            f'({reading.header["interval"]} iterations)'
+        )
+    events = reading.finish()
+    iterations = np.array(reading.iterations)
+    last = reading.last
+    progress(1.0)
+    return Run(
+        label=label,
+        path=path,
+        header=reading.header,
+        iterations=iterations,
+        counts={kind: np.array(values) for kind, values in reading.counts.items()},
+        learning_rate=np.array(reading.learning_rate),
+        columns=reading.columns,
+        last=last,
+        snapshots=_read_snapshots(path.parent, events, len(events.state)),
+        scores=_read_scores(path),
+        _events=events,
+    )
+
+
+class _Events:
+    """When which channels became or ceased to be collapsed."""
+
+    def __init__(self, channels: int) -> None:
+        self.start = np.zeros(channels, bool)
+        self.state = np.zeros(channels, bool)
+        self.count = 0  # of collapsed channels in the state
+        self._growing = array('q'), array('q'), array('b')
+        self.iterations: np.ndarray = np.empty(0, np.int64)
+        self.channels: np.ndarray = self.iterations
+        self.values: np.ndarray = self.iterations
+
+    def add(self, iteration: int, channels: np.ndarray, value: bool) -> None:
+        """Note that channels, by their numbers among all, became collapsed or ceased to be."""
+        channels = channels[self.state[channels] != value]
+        self.state[channels] = value
+        self.count += len(channels) if value else -len(channels)
+        iterations, numbers, values = self._growing
+        iterations.extend([iteration] * len(channels))
+        numbers.extend(channels.tolist())
+        values.extend([value] * len(channels))
+
+    def finish(self) -> None:
+        """No more events will come."""
+        self.iterations, self.channels, self.values = (np.array(c, np.int64) for c in self._growing)
+        self._growing = array('q'), array('q'), array('b')
+
+    def touched(self, value: bool) -> np.ndarray:
+        """Which channels ever became collapsed, or ceased to be; bool, shape (C,)."""
+        mask = np.zeros(len(self.state), bool)
+        mask[self.channels[self.values == value]] = True
+        return mask
+
+    def state_at(self, iteration: int) -> np.ndarray:
+        """Which channels are collapsed as of the last report up to an iteration; shape (C,)."""
+        state = self.start.copy()
+        until = np.searchsorted(self.iterations, iteration, side='right')
+        state[self.channels[:until]] = self.values[:until]  # the last of several stands
+        return state
+
+    def lives(
+        self, limit: int, sizes: np.ndarray, interval: int, iterations: np.ndarray
+    ) -> list[Life]:
+        begin, end = max(0, int(iterations[0]) - interval), int(iterations[-1])
+        ever = np.flatnonzero(self.start | self.touched(True))
+        first = np.full(len(self.state), end)
+        np.minimum.at(first, self.channels, self.iterations)  # a revival is after the collapse
+        first[self.start] = begin
+        ever = ever[np.argsort(first[ever], kind='stable')]
+        if len(ever) > limit:
+            ever = ever[np.linspace(0, len(ever) - 1, limit).round().astype(int)]
+        offsets = np.concatenate(([0], np.cumsum(sizes)))
+        order = np.argsort(self.channels, kind='stable')
+        bounds = np.searchsorted(self.channels[order], [ever, ever + 1]).T
+        lives = []
+        for channel, (start, stop) in zip(ever, bounds):
+            mine = order[start:stop]
+            times, values = self.iterations[mine], self.values[mine]
+            begins, ends = times[values == 1].tolist(), times[values == 0].tolist()
+            if self.start[channel]:
+                begins.insert(0, begin)
+            layer = int(np.searchsorted(offsets, channel, side='right')) - 1
+            lives.append(
+                Life(
+                    layer=layer,
+                    channel=int(channel - offsets[layer]),
+                    spans=list(zip(begins, [*ends, None])),
+                )
+            )
+        return lives
+
+
+class _Reading:
+    """Takes a record in, line by line."""
+
+    def __init__(self) -> None:
+        self.header: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+        self.iterations = array('q')
+        self.learning_rate = array('d')
+        self.counts = {kind: array('d') for kind in (*KINDS, 'collapsed')}
+
+    def take_header(self, header: dict[str, Any]) -> None:
+        names = [layer['name'] for layer in header['layers']]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError('a name of a layer is no text')
+        sizes = [int(layer['channels']) for layer in header['layers']]
+        header['interval'], float(header['tau']), float(header['k']), header['window']
+        self.header = header
+        self.sizes = sizes
+        self.offsets = np.concatenate(([0], np.cumsum(sizes))).tolist()
+        self.events = _Events(sum(sizes))
+        self.columns = Columns(len(sizes))
+
+    def take_report(self, report: dict[str, Any]) -> None:
+        iteration = report['iter']
+        if not isinstance(iteration, int) or (self.iterations and iteration <= self.iterations[-1]):
+            raise ValueError(f'iteration {iteration!r} does not follow the one before')
+        int(report['epoch'])
+        counts = [_number(report['total'][kind]) for kind in self.counts]
+        rate = _number(next(iter(report['lr'].values()), None))
+        for kind in self.counts:
+            layers = len(report['layers'][kind])
+            if layers != len(self.sizes):
+                raise ValueError(f'{layers} layers, the header has {len(self.sizes)}')
+        self._take_channels(report, iteration)
+        self.columns.add(iteration, report['layers']['collapsed'])
+        for series, count in zip(self.counts.values(), counts):
+            series.append(count)
+        self.learning_rate.append(rate)
+        self.iterations.append(iteration)
+        self.last = report
+
+    def _take_channels(self, report: dict[str, Any], iteration: int) -> None:
+        events = self.events
+        if not self.iterations:  # the first report: what was so at the start?
+            start = self._mask(report, 'collapsed') & ~self._mask(report, 'new')
+            events.start = start | self._mask(report, 'revived')
+            events.state = events.start.copy()
+            events.count = int(events.start.sum())
+        for kind, value in (('new', True), ('revived', False)):
+            if report['channels'][kind]:
+                events.add(iteration, self._mask(report, kind).nonzero()[0], value)
+        if events.count != report['total']['collapsed']:  # a report between is missing
+            collapsed = self._mask(report, 'collapsed')
+            for value, mask in ((True, collapsed), (False, ~collapsed)):
+                events.add(iteration, mask.nonzero()[0], value)
+
+    def _mask(self, report: dict[str, Any], kind: str) -> np.ndarray:
+        mask = np.zeros(self.offsets[-1], bool)
+        for index, ranges in report['channels'][kind].items():
+            layer = int(index)
+            mask[self.offsets[layer] : self.offsets[layer + 1]] = parse_ranges(
+                ranges, self.sizes[layer]
+            )
+        return mask
+
+    def finish(self) -> _Events:
+        self.events.finish()
+        return self.events
+
+
+def _number(count: float | None) -> float:
+    return math.nan if count is None else float(count)
+
+
+def _read_snapshots(folder: Path, events: _Events, channels: int) -> list[Snapshot]:
+    """Those of the start, the middle and the end."""
+    found = find_snapshots(folder)
+    if not found:
+        return []
+    last = max(found)
+    middle = min(found, key=lambda iteration: abs(iteration - last / 2))
+    return [
+        Snapshot(iteration, *read_snapshot(found[iteration], channels), events.state_at(iteration))
+        for iteration in sorted({min(found), middle, last})
+    ]
+
+
+def _read_scores(record: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """AP and AP50 of the run and of those that it continues."""
+    found: dict[str, dict[int, float]] = {name: {} for name in SCORES}
+
+    def take(number: int, values: dict[str, Any]) -> None:
+        if number == 1:  # a resumed run starts here: what came after in the earlier one is void
+            start = values.get('epoch', values.get('step', 0))
+            for name, scores in found.items():
+                found[name] = {step: score for step, score in scores.items() if step < start}
+        for key, value in values.items():
+            for name, pattern in SCORES.items():
+                if re.fullmatch(pattern, key) and math.isfinite(value):
+                    found[name][int(values['step'])] = float(value)
+
+    for folder in _lineage(record):
+        log = folder / 'vis_data' / 'scalars.json'
+        if log.is_file():
+            with open(log, 'rb') as file:
+                for _ in stream_json(file, take):
+                    pass
+    return {name: (sorted(v), [v[s] for s in sorted(v)]) for name, v in found.items() if v}
+
+
+def _lineage(record: Path) -> list[Path]:
+    """The folder of a record, after those of the earlier runs that it continues."""
+    folders = [record.parent]
+    while True:
+        try:
+            with open(folders[0] / RECORD_FILE, 'rb') as file:
+                earlier = json.loads(file.readline()).get('continues')
+        except (OSError, ValueError):
+            return folders
+        if earlier is None or (folder := folders[0] / earlier) in folders:
+            return folders
+        folders.insert(0, folder)

@@ -1,0 +1,237 @@
+"""What is read from a work dir."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from psbn_mmdet.collapse import read_records, write_snapshot
+from psbn_mmdet.report import find_record, read_run
+
+
+def test_series_masks_and_shares_are_the_records(tmp_path, write_run):
+    work_dir = write_run(tmp_path, [[], [1], [1, 70, 71], [70]])
+    run = read_run(work_dir, 'BN')
+    assert run.iterations.tolist() == [50, 100, 150, 200]
+    assert run.counts['collapsed'].tolist() == [0, 1, 3, 1]
+    assert run.learning_rate.tolist() == [0.1] * 4
+    assert run.collapsed.nonzero()[0].tolist() == [70]
+    assert run.ever_collapsed.nonzero()[0].tolist() == [1, 70, 71]
+    assert run.ever_revived.nonzero()[0].tolist() == [1, 71]
+    assert list(run.stages) == ['backbone', 'backbone.layer1', 'neck']
+    edges, share = run.share_collapsed()
+    assert edges.tolist() == [0, 50, 100, 150, 200]
+    assert share.tolist() == [[0, 1 / 64, 1 / 64, 0], [0, 0, 2 / 64, 1 / 64], [0, 0, 0, 0]]
+
+
+def test_life_lines_tell_when_a_channel_was_collapsed(tmp_path, write_run):
+    states = [[5, 70], [70], [5, 1], [1], []]
+    run = read_run(write_run(tmp_path, states, start=[5, 9]), 'BN')
+    lives = {(life.layer, life.channel): life.spans for life in run.lives(10)}
+    assert lives == {
+        (0, 5): [(0, 100), (150, 200)],
+        (0, 9): [(0, 50)],
+        (1, 6): [(50, 150)],
+        (0, 1): [(150, 250)],
+    }
+    assert list(lives) == [(0, 5), (0, 9), (1, 6), (0, 1)], 'by the first collapse'
+
+
+def test_a_lasting_collapse_has_no_end(tmp_path, write_run):
+    run = read_run(write_run(tmp_path, [[], [3]]), 'BN')
+    assert [life.spans for life in run.lives(10)] == [[(100, None)]]
+
+
+def test_too_many_lives_are_chosen_evenly_from_first_to_last(tmp_path, write_run):
+    states = [range(n) for n in range(1, 65)]
+    run = read_run(write_run(tmp_path, states), 'BN')
+    chosen = [life.channel for life in run.lives(8)]
+    assert chosen == [0, 9, 18, 27, 36, 45, 54, 63]
+
+
+def test_life_lines_agree_with_the_masks_of_every_report(tmp_path, write_run):
+    rng = np.random.default_rng(0)
+    states = [np.flatnonzero(rng.random(160) < 0.1) for _ in range(30)]
+    work_dir = write_run(tmp_path, states, start=[0, 8, 100])
+    lives = read_run(work_dir, 'BN').lives(1000)
+    offsets = [0, 64, 128]
+    for index, state in enumerate(states):
+        iteration = 50 * (index + 1)
+        alive = {
+            offsets[life.layer] + life.channel
+            for life in lives
+            if any(a <= iteration and (b is None or iteration < b) for a, b in life.spans)
+        }
+        assert alive == set(state.tolist())
+
+
+def test_a_deleted_line_loses_nothing_but_itself(tmp_path, write_run):
+    work_dir = write_run(tmp_path, [[], [1], [1, 2], [2]])
+    path = find_record(work_dir)
+    lines = path.read_text().splitlines(keepends=True)
+    del lines[2]
+    path.write_text(''.join(lines))
+    run = read_run(work_dir, 'BN')
+    assert {life.channel: life.spans for life in run.lives(9)} == {
+        1: [(150, 200)],
+        2: [(150, None)],
+    }
+
+
+def test_a_report_without_a_step_is_a_gap(tmp_path, write_run):
+    work_dir = write_run(tmp_path)
+    path = find_record(work_dir)
+    lines = path.read_text().splitlines()
+    report = json.loads(lines[2])
+    report['total']['trapped'] = None
+    report['layers']['trapped'] = [None] * 3
+    lines[2] = json.dumps(report)
+    path.write_text('\n'.join(lines) + '\n')
+    trapped = read_run(work_dir, 'BN').counts['trapped']
+    assert np.isnan(trapped).tolist() == [False, True, False, False]
+
+
+def test_snapshots_of_start_middle_and_end_know_who_was_collapsed(tmp_path, write_run):
+    work_dir = write_run(tmp_path, [[1], [1, 2], [2], [2, 3]], snapshots=(0, 60, 110, 160, 220))
+    run = read_run(work_dir, 'BN')
+    assert [s.iteration for s in run.snapshots] == [0, 110, 220]
+    assert [s.collapsed.nonzero()[0].tolist() for s in run.snapshots] == [[], [1, 2], [2, 3]]
+    assert run.snapshots[0].gamma.shape == run.snapshots[0].shift.shape == (160,)
+
+
+@pytest.mark.parametrize(('found', 'expected'), [([], []), ([0], [0]), ([0, 90], [0, 90])])
+def test_fewer_snapshots_are_taken_as_they_are(tmp_path, write_run, found, expected):
+    run = read_run(write_run(tmp_path, snapshots=found), 'BN')
+    assert [s.iteration for s in run.snapshots] == expected
+
+
+def test_a_snapshot_of_another_network_is_an_error(tmp_path, write_run):
+    work_dir = write_run(tmp_path, snapshots=())
+    write_snapshot(find_record(work_dir).parent, 0, np.ones(7), np.ones(7))
+    with pytest.raises(ValueError, match=r'iter_0\.npy is no snapshot of this run'):
+        read_run(work_dir, 'BN')
+
+
+# Average precision
+
+
+def test_ap_is_read_by_epoch(tmp_path, write_run):
+    run = read_run(write_run(tmp_path, scores={1: 0.1, 2: 0.3}), 'BN')
+    assert run.scores == {'AP': ([1, 2], [0.1, 0.3]), 'AP50': ([1, 2], [0.2, 0.6])}
+    assert run.score_unit == 'epoch'
+
+
+@pytest.mark.parametrize(
+    ('key', 'name'),
+    [
+        ('coco/bbox_mAP', 'AP'),
+        ('lvis/bbox_AP', 'AP'),
+        ('pascal_voc/mAP', 'AP'),
+        ('coco/bbox_mAP_50', 'AP50'),
+        ('pascal_voc/AP50', 'AP50'),
+        ('coco/bbox_mAP_75', None),
+        ('coco/segm_mAP', None),
+    ],
+)
+def test_which_metrics_are_ap(tmp_path, write_run, key, name):
+    work_dir = write_run(tmp_path, scores={1: 0.1})
+    log = find_record(work_dir).parent / 'vis_data/scalars.json'
+    log.write_text(json.dumps({key: 0.5, 'step': 1}) + '\n')
+    assert read_run(work_dir, 'BN').scores == ({name: ([1], [0.5])} if name else {})
+
+
+def test_a_loop_without_epochs_has_ap_by_iteration(tmp_path, write_run):
+    work_dir = write_run(tmp_path, [[], []], scores={40: 0.1, 80: 0.2})
+    assert read_run(work_dir, 'BN').score_unit == 'iteration'
+
+
+def test_scores_of_resumed_runs_are_put_together(tmp_path, write_run, write_scores):
+    write_run(tmp_path, [[]] * 8, scores={1: 0.1, 2: 0.2, 3: 0.3})
+    write_run(tmp_path, [[]] * 4, scores={9: 0.9}, timestamp='20260102_000000')  # another run
+    resumed = write_run(
+        tmp_path, [[]] * 8, timestamp='20260103_000000', continues='../20260101_000000'
+    )
+    write_scores(find_record(resumed).parent, {4: 0.4}, first_epoch=3)
+    # The third epoch was trained again, and has not been validated since.
+    assert read_run(resumed, 'BN').scores['AP'] == ([1, 2, 4], [0.1, 0.2, 0.4])
+
+
+def test_a_run_that_claims_to_continue_itself_or_what_is_gone_is_read(tmp_path, write_run):
+    for name in ('.', '../gone', '20260101_000000'):
+        work_dir = write_run(tmp_path / name.strip('./'), scores={1: 0.1}, continues=name)
+        assert read_run(work_dir, 'BN').scores['AP'] == ([1], [0.1])
+
+
+def test_a_damaged_log_is_named_and_a_torn_line_is_not(tmp_path, write_run):
+    work_dir = write_run(tmp_path, scores={1: 0.1})
+    log = find_record(work_dir).parent / 'vis_data/scalars.json'
+    log.write_text(log.read_text() + '{"coco/bbox')
+    assert read_run(work_dir, 'BN').scores['AP'] == ([1], [0.1])
+    log.write_text('{"coco/bbox\n')
+    with pytest.raises(ValueError, match=r'scalars\.json, line 1 is damaged'):
+        read_run(work_dir, 'BN')
+
+
+# Which record
+
+
+def test_a_work_dir_a_run_folder_and_a_record_are_found(tmp_path, write_run):
+    write_run(tmp_path)
+    write_run(tmp_path, timestamp='20260102_000000')
+    latest = tmp_path / '20260102_000000/collapse.jsonl'
+    assert find_record(tmp_path) == find_record(latest.parent) == find_record(latest) == latest
+
+
+def test_a_work_dir_without_a_record_or_a_report_is_named(tmp_path, write_run):
+    with pytest.raises(FileNotFoundError, match='CollapseHook'):
+        read_run(tmp_path, 'BN')
+    with pytest.raises(ValueError, match='no report yet'):
+        read_run(write_run(tmp_path, []), 'BN')
+
+
+def damages() -> dict:
+    """Ways to spoil the report of line 3."""
+    return {
+        'no JSON': lambda r: r.clear(),
+        'too few layers': lambda r: r['layers']['collapsed'].pop(),
+        'another kind of count': lambda r: r['total'].update(collapsed='many'),
+        'no channels': lambda r: r.pop('channels'),
+        'channels of a layer that is not': lambda r: r['channels']['new'].update({'7': '1'}),
+        'channels that are no numbers': lambda r: r['channels']['new'].update({'0': 'x'}),
+        'an iteration out of order': lambda r: r.update(iter=50),
+        'an iteration that is none': lambda r: r.update(iter='100'),
+        'a learning rate that is a word': lambda r: r.update(lr={'lr': 'high'}),
+    }
+
+
+@pytest.mark.parametrize('damage', damages())
+def test_a_damaged_report_is_rejected_with_its_line(tmp_path, write_run, damage):
+    work_dir = write_run(tmp_path)
+    path = find_record(work_dir)
+    lines = path.read_text().splitlines()
+    report = json.loads(lines[2])
+    damages()[damage](report)
+    lines[2] = json.dumps(report)
+    path.write_text('\n'.join(lines) + '\n')
+    with pytest.raises(ValueError, match='line 3 is damaged'):
+        read_run(work_dir, 'BN')
+
+
+def test_progress_grows_to_the_whole(tmp_path, write_run):
+    shares: list[float] = []
+    read_run(write_run(tmp_path, [[]] * 3000), 'BN', shares.append)
+    assert len(shares) >= 4 and shares[-1] == 1
+    assert all(a <= b for a, b in itertools.pairwise(shares))
+
+
+def test_the_kept_runs_are_read_as_they_are():
+    kept = Path(__file__).resolve().parents[2] / 'benchmarks/results/compare'
+    for norm in ('bn', 'psbn'):
+        run = read_run(kept / norm, norm)
+        records = read_records(kept / norm / 'collapse.jsonl')
+        assert run.counts['collapsed'].tolist() == records.series('collapsed')[1]
+        assert [s.iteration for s in run.snapshots] == [0, 720, 1440]
+        scores = json.loads((kept / norm / 'scores.json').read_text())
+        assert run.scores['AP'][1] == [score['AP'] for score in scores.values()]
