@@ -35,9 +35,9 @@ def run(*command: object) -> None:
 
 def keep(work_dir: Path, folder: Path) -> None:
     """Keep of a run what the report shows, as a small work dir, and its scores by epoch."""
+    seen = read_run(work_dir, folder.name)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / 'vis_data').mkdir(parents=True)
-    seen = read_run(work_dir, folder.name)
     shutil.copy(seen.path, folder)
     (folder / 'snapshots').mkdir()
     files = find_snapshots(seen.path.parent)

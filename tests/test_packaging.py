@@ -31,13 +31,19 @@ def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.Comple
 
 
 @pytest.fixture(scope='module')
-def metadata(tmp_path_factory) -> dict[str, list[str]]:
-    """The package's metadata as setuptools writes it, by field."""
+def egg_info(tmp_path_factory) -> Path:
+    """What setuptools writes of the package."""
     out = tmp_path_factory.mktemp('egg')
     result = run(sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(out))
     assert result.returncode == 0, result.stderr
+    return out / 'psbn_mmdet.egg-info'
+
+
+@pytest.fixture(scope='module')
+def metadata(egg_info) -> dict[str, list[str]]:
+    """The package's metadata by field."""
     fields: dict[str, list[str]] = {}
-    for line in (out / 'psbn_mmdet.egg-info/PKG-INFO').read_text().split('\n\n')[0].splitlines():
+    for line in (egg_info / 'PKG-INFO').read_text().split('\n\n')[0].splitlines():
         name, _, value = line.partition(': ')
         fields.setdefault(name, []).append(value)
     return fields
@@ -75,6 +81,13 @@ def test_version_is_the_packages_own(metadata):
     assert metadata['Version'] == [psbn_mmdet.__version__]
     assert metadata['Name'] == ['psbn_mmdet']
     assert metadata['License'] == ['Apache-2.0']
+
+
+def test_files_that_are_no_code_are_packaged(egg_info):
+    packaged = (egg_info / 'SOURCES.txt').read_text().splitlines()
+    for path in (ROOT / 'psbn_mmdet').rglob('*'):
+        if path.is_file() and path.suffix != '.pyc':
+            assert str(path.relative_to(ROOT)) in packaged
 
 
 def test_neither_stack_is_a_hard_requirement(metadata):

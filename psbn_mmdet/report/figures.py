@@ -126,8 +126,7 @@ def _name_layers(ax: Axes, run: Run, named: bool) -> None:
 
 def channels(runs: Sequence[Run]) -> Figure | str:
     """Gamma against the effective shift of all channels, at the start, the middle and the end."""
-    runs = [run for run in runs if run.snapshots]
-    if not runs:
+    if not any(run.snapshots for run in runs):
         return 'No snapshots of gamma and shift: this record is from before the hook kept them.'
     columns = max(len(run.snapshots) for run in runs)
     figure = Figure(figsize=(WIDTH, 1.1 + 3.1 * len(runs)), layout='constrained')
@@ -153,8 +152,12 @@ def channels(runs: Sequence[Run]) -> Figure | str:
                 ax.set_ylabel('')
             if number < len(runs) - 1:
                 ax.set_xlabel('')
-        for ax in row[len(run.snapshots) :]:
+        for ax in row[max(1, len(run.snapshots)) :]:
             ax.remove()
+        if not run.snapshots:
+            row[0].set_title(f'{_named(runs, run)}no snapshots')
+            inside.append('unknown')
+            continue
         end = run.snapshots[-1]
         within = end.shift <= -k * np.abs(end.gamma)
         inside.append(f'{(within & end.collapsed).sum():,} of {end.collapsed.sum():,}')
@@ -275,10 +278,11 @@ def scores(runs: Sequence[Run]) -> Figure | str:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
         _legend(figure, _handles(runs))
-    scored = [run for run in runs if names[0] in run.scores]
-    last = [f'{run.scores[names[0]][1][-1]:.3f}' for run in scored]
-    title = _each(scored, last)
-    return _titled(figure, f'{names[0]} at the last validation: {title}')
+    last = [
+        f'{run.scores[names[0]][1][-1]:.3f}' if names[0] in run.scores else 'unknown'
+        for run in runs
+    ]
+    return _titled(figure, f'{names[0]} at the last validation: {_each(runs, last)}')
 
 
 def stages(runs: Sequence[Run]) -> Figure:

@@ -142,6 +142,18 @@ def test_what_there_is_nothing_of_is_said_in_a_sentence(tmp_path, write_run):
     draw('heat_map', [run])
 
 
+def test_a_run_without_snapshots_or_ap_keeps_the_colours_of_the_others(tmp_path, write_run, pair):
+    runs = [read_run(write_run(tmp_path, snapshots=()), 'bare'), pair[0]]
+    figure = draw('channels', runs)
+    assert 'region with bare' in figure.get_suptitle() and 'of 3 with BN' in figure.get_suptitle()
+    assert figure.axes[0].get_title() == 'bare\nno snapshots'
+    collapsed = figure.axes[-1].collections[1]
+    assert to_hex(collapsed.get_facecolor()[0]).upper() == COLOURS[1]
+    figure = draw('scores', runs)
+    assert figure.get_suptitle() == 'AP at the last validation: unknown with bare, 0.200 with BN'
+    assert to_hex(figure.axes[0].lines[0].get_color()).upper() == COLOURS[1]
+
+
 def test_colours_are_told_apart_by_the_colour_blind():
     """Distances in CIE Lab between the palette's colours as deuteranopes and protanopes see them.
 
