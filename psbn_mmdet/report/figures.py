@@ -39,7 +39,7 @@ def counts(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(WIDTH, 7.5), layout='constrained')
     axes = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2, 2, 1.3])
     for number, (run, colour) in enumerate(zip(runs, COLOURS)):
-        width = 1.6 + 1.6 * (len(runs) - 1 - number)  # equal curves lie upon one another
+        width = 1.6 + (len(runs) - 1 - number)  # equal curves lie upon one another
         for ax, kind in zip(axes, panels):
             ax.plot(*thin(run.iterations, run.counts[kind]), color=colour)
         axes[-1].plot(*thin(run.iterations, run.learning_rate), color=colour, linewidth=width)

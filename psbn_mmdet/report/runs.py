@@ -413,13 +413,13 @@ def _read_scores(record: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def _lineage(record: Path) -> list[Path]:
     """The folder of a record, after those of the earlier runs that it continues."""
-    folders = [record.parent]
+    folders = [record.parent.resolve()]
     while True:
         try:
             with open(folders[0] / RECORD_FILE, 'rb') as file:
-                earlier = json.loads(file.readline()).get('continues')
-        except (OSError, ValueError):
+                earlier = json.loads(file.readline())['continues']
+        except (OSError, ValueError, LookupError, TypeError):
             return folders
-        if earlier is None or (folder := folders[0] / earlier) in folders:
+        if not isinstance(earlier, str) or (folders[0] / earlier).resolve() in folders:
             return folders
-        folders.insert(0, folder)
+        folders.insert(0, (folders[0] / earlier).resolve())

@@ -158,10 +158,11 @@ def test_scores_of_resumed_runs_are_put_together(tmp_path, write_run, write_scor
     assert read_run(resumed, 'BN').scores['AP'] == ([1, 2, 4], [0.1, 0.2, 0.4])
 
 
-def test_a_run_that_claims_to_continue_itself_or_what_is_gone_is_read(tmp_path, write_run):
-    for name in ('.', '../gone', '20260101_000000'):
-        work_dir = write_run(tmp_path / name.strip('./'), scores={1: 0.1}, continues=name)
-        assert read_run(work_dir, 'BN').scores['AP'] == ([1], [0.1])
+@pytest.mark.parametrize('claim', ['.', '../gone', '../20260101_000000', 5])
+def test_a_run_that_continues_itself_in_circles_or_what_is_gone_is_read(tmp_path, write_run, claim):
+    write_run(tmp_path, timestamp='20260101_000000', continues='../20260102_000000')
+    write_run(tmp_path, timestamp='20260102_000000', scores={1: 0.1}, continues=claim)
+    assert read_run(tmp_path, 'BN').scores['AP'] == ([1], [0.1])
 
 
 def test_a_damaged_log_is_named_and_a_torn_line_is_not(tmp_path, write_run):
