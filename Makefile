@@ -7,7 +7,7 @@ ARGS ?=
 .PHONY: help setup setup-dev demo demo-compare figures docs test lint format bench
 
 help:  ## this list
-	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup:  ## create the virtual environment: torch, MMDetection, this package
 	@scripts/setup.sh $(STACK)
