@@ -272,6 +272,7 @@ class _Events:
     def lives(
         self, limit: int, sizes: np.ndarray, interval: int, iterations: np.ndarray
     ) -> list[Life]:
+        """The lives of at most ``limit`` channels, by the time of their first collapse."""
         begin, end = max(0, int(iterations[0]) - interval), int(iterations[-1])
         ever = np.flatnonzero(self.start | self.touched(True))
         first = np.full(len(self.state), end)
