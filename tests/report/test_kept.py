@@ -44,4 +44,4 @@ def test_the_kept_runs_show_collapse_in_bn_and_hardly_any_in_psbn():
 
 def test_every_figure_is_in_the_docs():
     images = {path.stem for path in (ROOT / 'docs/images').glob('*.png')}
-    assert images == {*FIGURES, 'page_one_run', 'page_two_runs'}
+    assert images >= {*FIGURES, 'page_one_run', 'page_two_runs'}
