@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import replacing
 from ..layers import find_norm_states
 from .onnx import read_onnx
 
@@ -119,25 +120,22 @@ def write_content(content: Any, path: str | os.PathLike) -> None:
     path = Path(path)
     if os.path.lexists(path):
         raise CheckpointError(f'{path} exists and is not overwritten: give another name')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
+    is_safetensors = path.suffix == '.safetensors'
+    if is_safetensors and not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(
+            f'{path}: safetensors files hold tensors only, this checkpoint has more: write a '
+            '.pth file'
+        )
     try:
-        if path.suffix == '.safetensors':
-            if not all(isinstance(value, Tensor) for value in content.values()):
-                raise CheckpointError(
-                    f'{path}: safetensors files hold tensors only, this checkpoint has more: '
-                    'write a .pth file'
-                )
-            save_file({key: value.contiguous() for key, value in content.items()}, part)
-        else:
-            torch.save(content, part)
-        os.replace(part, path)
+        with replacing(path) as part:
+            if is_safetensors:
+                save_file({key: value.contiguous() for key, value in content.items()}, part)
+            else:
+                torch.save(content, part)
     except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
         raise CheckpointError(
             f'{path} cannot be written ({error}): make room or give another place'
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def find_state_dicts(content: Any, path: str = '') -> Iterator[tuple[str, dict]]:

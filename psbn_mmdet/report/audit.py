@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,8 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..collapse import Census, LayerCensus, compare, format_ranges
+from ..files import replacing
 from ..layers import feeds_rectifier
 from .channels import BLUE, draw_channels
+from .style import STYLE, shorten
 
 KINDS = ('vanished', 'dead', 'collapsed')
 WIDTH = 120  # characters of a table
@@ -169,9 +172,15 @@ def plot_audit(audit: Audit, out: str | os.PathLike) -> Path:
     Returns:
         Path: ``out``.
     """
+    with matplotlib.rc_context(STYLE), replacing(out) as part:
+        figure = _draw(audit)
+        FigureCanvasAgg(figure).print_figure(part, format=Path(out).suffix[1:] or 'png', dpi=130)
+    return Path(out)
+
+
+def _draw(audit: Audit) -> Figure:
     layers = audit.census.layers
     figure = Figure(figsize=(11, 4.5), layout='constrained')
-    canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     gamma, shift, collapsed = (
         np.concatenate([getattr(layer, what) for layer in layers])
@@ -190,7 +199,7 @@ def plot_audit(audit: Audit, out: str | os.PathLike) -> Path:
     def name_of(position: float, _: int | None = None) -> str:
         index = round(position)
         exact = abs(position - index) < 1e-6 and 0 <= index < len(names)
-        return _short(names[index]) if exact else ''
+        return shorten(names[index]) if exact else ''
 
     right.xaxis.set_major_locator(MaxNLocator(24, integer=True))
     right.xaxis.set_major_formatter(name_of)
@@ -201,15 +210,7 @@ def plot_audit(audit: Audit, out: str | os.PathLike) -> Path:
         f'{int(collapsed.sum()):,} of {len(collapsed):,} filters are collapsed '
         f'({audit.percent:.2f} %)'
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_figure(out, dpi=130)
-    return out
-
-
-def _short(name: str) -> str:
-    # A dollar sign would begin a formula.
-    return (name if len(name) <= 32 else f'...{name[-29:]}').replace('$', r'\$')
+    return figure
 
 
 def _rectified(layer: LayerCensus) -> bool | None:
