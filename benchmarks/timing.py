@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -63,4 +64,4 @@ def write(result: dict, name: str, out: str | None) -> None:
     path = Path(out or RESULTS / f'{name}.json')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + '\n')
-    print(f'written to {path}')
+    print(f'written to {os.path.relpath(path)}')
