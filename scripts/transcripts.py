@@ -7,6 +7,7 @@ commands read.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -40,12 +41,15 @@ def output(command: str) -> str:
 
 
 def main() -> None:
-    """Go through all docs."""
+    """Go through the docs."""
     os.chdir(ROOT)
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('docs', nargs='*', type=Path, default=sorted(Path('docs').glob('*.md')))
+    docs = parser.parse_args().docs
     if not NEEDED.is_file():
         sys.exit(f'transcripts: {NEEDED} is missing: run `make demo-compare` first')
     shutil.rmtree(SCRATCH, ignore_errors=True)
-    for path in sorted(Path('docs').glob('*.md')):
+    for path in docs:
         text = path.read_text(encoding='utf-8')
         for block in track(BLOCK.findall(text), description=str(path)):
             commands = COMMAND.findall(block)

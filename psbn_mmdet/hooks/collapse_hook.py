@@ -445,4 +445,11 @@ def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:
 def _optimizers(runner: Runner) -> list[Optimizer]:
     wrapper = runner.optim_wrapper
     wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    return [wrapper.optimizer for wrapper in wrappers]
+    optimizers = [wrapper.optimizer for wrapper in wrappers]
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):  # such as DeepSpeed's
+            raise RuntimeError(
+                f'CollapseHook: {type(optimizer).__name__} is no torch.optim.Optimizer, its steps '
+                'cannot be watched: train with one that is, or remove the hook'
+            )
+    return optimizers

@@ -457,6 +457,18 @@ def test_fsdp_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_an_optimiser_that_cannot_be_watched_is_refused(tmp_path):
+    class Foreign:
+        def __init__(self, optimizer):
+            self.param_groups = optimizer.param_groups
+
+    model = Classifier()
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.01))
+    wrapper.optimizer = Foreign(wrapper.optimizer)
+    with pytest.raises(RuntimeError, match=r'Foreign is no torch\.optim\.Optimizer'):
+        run(tmp_path, model, optim_wrapper=wrapper)
+
+
 # Without an effect on the training
 
 
