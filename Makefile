@@ -1,10 +1,10 @@
-# make setup | demo | demo-compare | figures | docs | test | lint | format | bench        [STACK=onedl|openmmlab] [ARGS='...']
+# make setup | demo | demo-compare | figures | docs | test | lint | format | bench | evidence        [STACK=onedl|openmmlab] [ARGS='...']
 STACK ?= onedl
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-compare figures docs test lint format bench
+.PHONY: help setup setup-dev demo demo-compare figures docs test lint format bench evidence
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -45,3 +45,6 @@ bench: setup  ## measure what psBN, trained and deployed, and the hook cost, and
 	@$(VENV)/bin/python demo/make_dataset.py data/demo
 	@$(VENV)/bin/python benchmarks/hook_overhead.py
 	@$(VENV)/bin/python benchmarks/leak_share.py
+
+evidence: setup-dev  ## test the paper's claims on small networks; ARGS=--quick for a smoke run
+	@$(VENV)/bin/python benchmarks/evidence/law.py $(ARGS)

@@ -46,6 +46,7 @@ EXTRAS = {
         'pytest',
         'pytest-xdist',
         'ruff',
+        'scikit-learn',
         'selenium',
         'tensorboard',
     ],

@@ -141,7 +141,11 @@ def test_importing_without_mmengine_names_both_installs():
 
 
 @pytest.mark.parametrize(
-    'target', ['setup', 'demo', 'demo-compare', 'figures', 'test', 'lint', 'format', 'bench']
+    'target',
+    [
+        *['setup', 'demo', 'demo-compare', 'figures', 'docs'],
+        *['test', 'lint', 'format', 'bench', 'evidence'],
+    ],
 )
 def test_make_target_exists_and_sets_up_first(target):
     result = run('make', '--dry-run', target)

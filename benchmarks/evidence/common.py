@@ -1,0 +1,242 @@
+"""What the experiments share: resumable runs, results with their origin, statistics, figures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import psbn_mmdet  # noqa: E402
+
+# Okabe and Ito's palette.
+BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
+PINK, SKY, GREY = '#CC79A7', '#56B4E9', '#8C8C8C'
+
+# Public data, of which what is absent is skipped: flag, default, help.
+CHECKPOINTS = ('--checkpoints', '../shared/data/checkpoints', 'folder of public checkpoints')
+IMAGES = ('--images', '../shared/data/bccd', 'folder of photographs of cells, in COCO format')
+
+
+class Experiment:
+    """The command line, the finished runs and the outputs of one script.
+
+    A finished run is one line in ``<work-dir>/<name>.jsonl``, keyed by its settings, so that a
+    script that was killed goes on where it was. The results go to ``benchmarks/results/evidence``
+    and ``docs/images``; those of ``--quick`` stay in the work dir, which is another one.
+
+    Args:
+        name (str): Of the experiment.
+        description (str): The script's docstring.
+        options (Sequence[tuple[str, str, str]]): Further options: flag, default, help.
+    """
+
+    def __init__(
+        self, name: str, description: str | None, options: Sequence[tuple[str, str, str]] = ()
+    ) -> None:
+        parser = argparse.ArgumentParser(description=(description or '').split('\n')[0])
+        parser.add_argument('--quick', action='store_true', help='a smoke run of seconds')
+        parser.add_argument('--work-dir', type=Path, help='where finished runs are kept')
+        for flag, default, text in options:
+            parser.add_argument(flag, default=default, help=f'{text} (default: {default})')
+        self.args = parser.parse_args()
+        self.name = name
+        self.quick: bool = self.args.quick
+        folder = 'work_dirs/evidence_quick' if self.quick else 'work_dirs/evidence'
+        self.work_dir: Path = self.args.work_dir or ROOT / folder
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)
+
+    def run(
+        self, settings: Sequence[dict], do: Callable[..., list[dict]]
+    ) -> list[tuple[dict, list[dict]]]:
+        """Do what is not done yet.
+
+        Args:
+            settings (Sequence[dict]): Of each run, plain values.
+            do (Callable): Called with a run's settings as keywords, returns its rows.
+
+        Returns:
+            list[tuple[dict, list[dict]]]: Settings and rows of each run.
+        """
+        path = self.work_dir / f'{self.name}.jsonl'
+        done = read_finished(path)
+        missing = [setting for setting in settings if key_of(setting) not in done]
+        with path.open('a') as file:
+            if path.stat().st_size and not path.read_text().endswith('\n'):
+                file.write('\n')  # the line that a killed script was writing
+            for setting in tqdm(missing, desc=self.name, disable=not missing):
+                start = time.perf_counter()
+                rows = do(**setting)
+                seconds = round(time.perf_counter() - start, 2)
+                line = {'setting': setting, 'seconds': seconds, 'rows': rows}
+                file.write(json.dumps(line) + '\n')
+                file.flush()
+                done[key_of(setting)] = line
+        return [(setting, done[key_of(setting)]['rows']) for setting in settings]
+
+    def write(self, **content: Any) -> None:
+        """Write the results with the command, the versions and the hardware class."""
+        options = ' --quick' if self.quick else ''
+        finished = read_finished(self.work_dir / f'{self.name}.jsonl').values()
+        result = {
+            'command': f'python benchmarks/evidence/{self.name}.py{options}',
+            'versions': versions(),
+            'hardware': f'{platform.machine()} CPU, {torch.get_num_threads()} thread',
+            'seconds': round(sum(line['seconds'] for line in finished)),
+            **content,
+        }
+        folder = self.work_dir if self.quick else ROOT / 'benchmarks/results/evidence'
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = ',\n'.join(f'{json.dumps(key)}: {_dump(value)}' for key, value in result.items())
+        (folder / f'{self.name}.json').write_text('{\n' + lines + '\n}\n')
+        print(f'{self.name}: results in {folder}')
+
+    def save(self, figure: Figure) -> None:
+        """Write the figure."""
+        folder = self.work_dir if self.quick else ROOT / 'docs/images'
+        drawn = io.BytesIO()
+        FigureCanvasAgg(figure)
+        figure.savefig(drawn, dpi=120)
+        # 128 colours are enough for these, and take a third of the room.
+        picture = Image.open(drawn).convert('RGB').quantize(128)
+        picture.save(folder / f'evidence_{self.name}.png', optimize=True)
+
+
+def versions() -> dict[str, str]:
+    """What took part in the numbers."""
+    import scipy
+    import sklearn
+
+    return {
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'numpy': np.__version__,
+        'scipy': scipy.__version__,
+        'scikit-learn': sklearn.__version__,
+        'psbn_mmdet': psbn_mmdet.__version__,
+    }
+
+
+def key_of(setting: dict) -> str:
+    """What a run is known by."""
+    return json.dumps(setting, sort_keys=True)
+
+
+def read_finished(path: Path) -> dict[str, dict]:
+    """The finished runs of a file by their keys; a torn line is none."""
+    done = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        done[key_of(line['setting'])] = line
+    return done
+
+
+def table(rows: Sequence[dict]) -> dict:
+    """Rows of one kind as a table, which takes less room than a dict for each."""
+    columns = list(rows[0])
+    return {'columns': columns, 'rows': [[_short(row[name]) for name in columns] for row in rows]}
+
+
+def _short(value: Any) -> Any:
+    """Five digits of a float, None for one that is not finite and has no place in JSON."""
+    if not isinstance(value, float):
+        return value
+    return float(f'{value:.5g}') if math.isfinite(value) else None
+
+
+def _dump(value: Any) -> str:
+    """One line, or one for each row of a table."""
+    if isinstance(value, dict) and value.keys() == {'columns', 'rows'}:
+        rows = ',\n'.join(json.dumps(row) for row in value['rows'])
+        return f'{{"columns": {json.dumps(value["columns"])}, "rows": [\n{rows}\n]}}'
+    return json.dumps(value)
+
+
+def mean_ci(values: Sequence[float]) -> list[float]:
+    """Mean and Student's 95 % confidence interval, None for a single value."""
+    values = np.asarray(values, float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return [_short(mean), None, None]
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return [_short(v) for v in (mean, float(mean - half), float(mean + half))]
+
+
+def share_ci(count: int, total: int) -> list[float]:
+    """A share and Wilson's 95 % confidence interval."""
+    interval = stats.binomtest(int(count), int(total)).proportion_ci(method='wilson')
+    return [_short(float(v)) for v in (count / total, interval.low, interval.high)]
+
+
+def slope_ci(x: Sequence[float], y: Sequence[float]) -> list[float]:
+    """Slope of log y over log x by least squares, and its 95 % confidence interval."""
+    x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    fit = stats.linregress(x, y)
+    half = stats.t.ppf(0.975, len(x) - 2) * fit.stderr if len(x) > 2 else math.inf
+    return [_short(float(v)) for v in (fit.slope, fit.slope - half, fit.slope + half)]
+
+
+def local_slopes(
+    x: Sequence[float], y: Sequence[float], standard_error: Sequence[float]
+) -> list[list[float]]:
+    """Slopes of log y over log x from each point to the next: x between, slope, interval."""
+    x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    relative = np.asarray(standard_error, float) / np.exp(y)
+    slope = np.diff(y) / np.diff(x)
+    half = 1.96 * np.hypot(relative[1:], relative[:-1]) / np.abs(np.diff(x))
+    rows = zip(np.exp((x[1:] + x[:-1]) / 2), slope, slope - half, slope + half)
+    return [[_short(float(v)) for v in row] for row in rows]
+
+
+def revival_steps(
+    b: float,
+    shift: float,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.0,
+    gamma: float = 0.0,
+    reach: float = 0.0,
+) -> float:
+    """Steps of SGD after which a closed filter of psBN opens, by weight decay alone.
+
+    gamma and beta shrink by ``lr * weight_decay / (1 - momentum)`` of themselves in a step; the
+    filter opens where ``beta + shift + reach * |gamma| > 0``.
+
+    Args:
+        b (float): Effective shift at the start, ``beta + shift``.
+        shift (float): The constant alpha.
+        lr (float): Learning rate.
+        weight_decay (float): Coefficient of the L2 penalty.
+        momentum (float): Defaults to 0.
+        gamma (float): Scale at the start. Defaults to 0.
+        reach (float): The largest xhat met. Defaults to 0.
+
+    Returns:
+        float: 0 if it is open from the start, infinity if nothing decays.
+    """
+    closed = -(b - shift) - reach * abs(gamma)  # how far beta and gamma hold it down
+    if closed < shift:
+        return 0.0
+    decay = lr * weight_decay / (1 - momentum)
+    return math.log(shift / closed) / math.log1p(-decay) if decay > 0 else math.inf

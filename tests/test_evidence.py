@@ -1,0 +1,183 @@
+"""The experiments in benchmarks/evidence: their maths, and each script's quick form."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip('sklearn')
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / 'benchmarks/evidence'
+sys.path.insert(0, str(FOLDER))
+
+import common  # noqa: E402
+import digits  # noqa: E402
+
+from psbn_mmdet.layers import PostShiftedBatchNorm2d  # noqa: E402
+
+
+def run(name: str, work_dir: Path) -> subprocess.CompletedProcess:
+    """Run the quick form of a script, without public data."""
+    absent = ['--checkpoints', 'nowhere'] if name in ('recovery', 'networks') else []
+    result = subprocess.run(
+        [sys.executable, FOLDER / f'{name}.py', '--quick', '--work-dir', work_dir, *absent],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def rows_of(table: dict) -> list[dict]:
+    return [dict(zip(table['columns'], row)) for row in table['rows']]
+
+
+def test_mean_has_students_interval():
+    values = [1.0, 2.0, 3.0, 4.0, 5.0]
+    mean, low, high = common.mean_ci(values)
+    half = 2.7764 * np.std(values, ddof=1) / 5**0.5
+    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), rel=1e-4)
+    assert common.mean_ci([1.0]) == [1, None, None]
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(2, 3, (1000, 6))
+    intervals = [common.mean_ci(values) for values in draws]
+    assert np.mean([low <= 2 <= high for _, low, high in intervals]) == pytest.approx(
+        0.95, abs=0.02
+    )
+
+
+def test_slope_of_a_known_power_law_is_found():
+    x = np.geomspace(0.01, 1, 20)
+    noise = np.random.default_rng(0).normal(0, 0.05, 20)
+    slope, low, high = common.slope_ci(x, 3 * x**2 * np.exp(noise))
+    assert low < 2 < high
+    assert high - low < 0.1
+    assert slope == pytest.approx(2, abs=0.05)
+
+
+def test_local_slopes_have_the_error_of_their_points():
+    x = np.array([1.0, 2.0, 4.0])
+    (_, slope, low, high), _ = common.local_slopes(x, x**-2, 0.01 * x**-2)
+    assert slope == pytest.approx(-2)
+    assert high - low == pytest.approx(2 * 1.96 * 0.01 * 2**0.5 / math.log(2), rel=1e-3)
+
+
+def test_share_stays_within_0_and_1():
+    share, low, high = common.share_ci(0, 50)
+    assert share == low == 0
+    assert 0 < high < 0.1
+
+
+@pytest.mark.parametrize(
+    ('momentum', 'gamma', 'reach'), [(0.0, 0.0, 0.0), (0.9, 0.0, 0.0), (0.0, 0.05, 3.0)]
+)
+def test_predicted_revival_is_when_a_layer_opens(momentum, gamma, reach):
+    norm = PostShiftedBatchNorm2d(1)
+    nn.init.constant_(norm.weight, gamma)
+    nn.init.constant_(norm.beta, -0.4)
+    optimizer = torch.optim.SGD(norm.parameters(), lr=0.1, weight_decay=0.01, momentum=momentum)
+    predicted = common.revival_steps(
+        norm.bias.item(), 0.1, 0.1, 0.01, momentum, gamma=gamma, reach=reach
+    )
+    steps = 0
+    while (norm.bias + reach * norm.weight.abs()).item() <= 0:
+        norm.weight.grad, norm.beta.grad = torch.zeros(1), torch.zeros(1)
+        optimizer.step()
+        steps += 1
+    # Momentum starts at 0, and takes some 1 / (1 - momentum) steps to be up to speed.
+    assert steps == pytest.approx(predicted, rel=0.03, abs=1 / (1 - momentum))
+
+
+def test_nothing_is_predicted_to_open_without_decay():
+    assert common.revival_steps(-1, 0.1, 0.1, 0) == math.inf
+    assert common.revival_steps(0.05, 0.1, 0.1, 0) == 0
+
+
+def test_drift_by_noise_has_its_closed_form():
+    import law
+
+    z = np.random.default_rng(0).normal(size=1_000_000)
+    for e in (0.3, 0.765, 1.556, 3):
+        expected = np.log(np.abs(1 + e * z)).mean()
+        assert law.expected_drift(e) == pytest.approx(expected, abs=0.005)
+    for e in (0.003, 0.03):
+        assert law.expected_drift(e) == pytest.approx(-(e**2) / 2 - 3 * e**4 / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize('arch', ['vgg', 'resnet'])
+@pytest.mark.parametrize('norm', ['BN', 'psBN'])
+def test_networks_side_by_side_train_as_they_would_alone(arch, norm):
+    data = digits.load_data()
+
+    def trained(seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        nets = digits.Nets(arch, norm, 'relu', seeds)
+        optimizer = digits.OPTIMISERS['sgd'](nets.parameters(), lr=0.05, weight_decay=1e-3)
+        digits.train(nets, data, optimizer, digits.draw_batches(data, seeds, 5))
+        return nets.norms[2].weight.detach().view(len(seeds), -1), nets(
+            data.test[:2].expand(-1, len(seeds), -1, -1)
+        )
+
+    gamma, logits = trained([3, 7])
+    alone, logits_alone = trained([7])
+    torch.testing.assert_close(gamma[1:], alone, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits[:, 1:], logits_alone, rtol=1e-2, atol=1e-2)
+
+
+def test_a_killed_run_goes_on_without_doing_finished_runs_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['x', '--quick', '--work-dir', str(tmp_path)])
+    settings = [dict(lr=lr) for lr in (0.1, 0.2, 0.3)]
+    calls = []
+
+    def do(lr: float) -> list[dict]:
+        calls.append(lr)
+        if lr == 0.3 and len(calls) == 3:
+            raise KeyboardInterrupt
+        return [{'twice': 2 * lr}]
+
+    with pytest.raises(KeyboardInterrupt):
+        common.Experiment('x', 'An x.').run(settings, do)
+    with (tmp_path / 'x.jsonl').open('a') as file:
+        file.write('{"setting": {"lr": 0.3}, "rows')  # torn
+    runs = common.Experiment('x', 'An x.').run(settings, do)
+    assert calls == [0.1, 0.2, 0.3, 0.3]
+    assert [rows[0]['twice'] for _, rows in runs] == [0.2, 0.4, 0.6]
+    assert len(common.read_finished(tmp_path / 'x.jsonl')) == 3
+
+
+@pytest.fixture(scope='module')
+def work_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('evidence')
+
+
+def result_of(name: str, work_dir: Path) -> dict:
+    result = json.loads((work_dir / f'{name}.json').read_text())
+    assert result['command'] == f'python benchmarks/evidence/{name}.py --quick'
+    assert result['hardware']
+    assert result['versions']['torch'] == torch.__version__
+    assert str(ROOT) not in json.dumps(result)
+    assert (work_dir / f'evidence_{name}.png').stat().st_size < 150_000
+    return result
+
+
+def test_law(work_dir):
+    run('law', work_dir)
+    result = result_of('law', work_dir)
+    assert result['law']['no_drift_at_e'] == pytest.approx(1.556, abs=1e-3)
+    slope, low, high = result['slopes']['drift over lr']['slope']
+    assert low < slope < high
+    assert slope == pytest.approx(2, abs=0.2)
+    assert {row['steps'] for row in rows_of(result['walk'])} == {4, 16, 64}
