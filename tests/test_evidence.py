@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cifar_resnet import CifarResNet
+from PIL import Image
 from torch import nn
 
 pytest.importorskip('sklearn')
@@ -26,11 +28,10 @@ import digits  # noqa: E402
 from psbn_mmdet.layers import PostShiftedBatchNorm2d  # noqa: E402
 
 
-def run(name: str, work_dir: Path) -> subprocess.CompletedProcess:
-    """Run the quick form of a script, without public data."""
-    absent = ['--checkpoints', 'nowhere'] if name in ('recovery', 'networks') else []
+def run(name: str, work_dir: Path, *options: str | Path) -> subprocess.CompletedProcess:
+    """Run the quick form of a script."""
     result = subprocess.run(
-        [sys.executable, FOLDER / f'{name}.py', '--quick', '--work-dir', work_dir, *absent],
+        [sys.executable, FOLDER / f'{name}.py', '--quick', '--work-dir', work_dir, *options],
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
@@ -181,3 +182,52 @@ def test_law(work_dir):
     assert low < slope < high
     assert slope == pytest.approx(2, abs=0.2)
     assert {row['steps'] for row in rows_of(result['walk'])} == {4, 16, 64}
+
+
+@pytest.fixture(scope='module')
+def public(tmp_path_factory) -> tuple[Path, Path]:
+    """A ResNet-20 with three dead filters, and noise in place of photographs of cells."""
+    checkpoints, images = (tmp_path_factory.mktemp(name) for name in ('checkpoints', 'images'))
+    torch.manual_seed(0)
+    network = CifarResNet(3)
+    with torch.no_grad():
+        network.bn1.weight[:3], network.bn1.bias[:3] = 1e-4, -1e-3
+    torch.save({'state_dict': network.state_dict()}, checkpoints / 'resnet20-12fca82f.th')
+    (images / 'images').mkdir()
+    (images / 'annotations').mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(images / 'images/0.png')
+    boxes = [{'image_id': 0, 'category_id': 1 + i % 3, 'bbox': [i, i, 20, 20]} for i in range(24)]
+    content = {'images': [{'id': 0, 'file_name': '0.png'}], 'annotations': boxes}
+    for split in ('train', 'val'):
+        (images / f'annotations/{split}.json').write_text(json.dumps(content))
+    return checkpoints, images
+
+
+def test_networks(work_dir, public, bomb, tmp_path):
+    torch.save(bomb, tmp_path / 'mobilenet_v2-b0353104.pth')
+    result = run('networks', work_dir, '--checkpoints', public[0], '--packages', tmp_path)
+    assert 'no craft_mlt_25k.pth' in result.stdout
+    found = result_of('networks', work_dir)
+    (network,) = rows_of(found['networks'])
+    assert network['network'] == 'ResNet-20'
+    assert network['filters'] == 688
+    assert network['vanished'] == network['dead'] == network['collapsed'] == 3
+    assert network['most_in'] == 'bn1'
+    (refused,) = found['refused']
+    assert refused['why'].startswith('mobilenet_v2-b0353104.pth is not loaded since it asks for')
+
+
+def test_when(work_dir):
+    run('when', work_dir)
+    result = result_of('when', work_dir)
+    runs, cells = rows_of(result['runs']), rows_of(result['cells'])
+    assert {(row['norm'], row['seed']) for row in runs} == {
+        (norm, seed) for norm in ('BN', 'psBN') for seed in (0, 1)
+    }
+    for cell in cells:
+        chosen = [r['collapsed'] for r in runs if r['lr'] == cell['lr'] and r['norm'] == 'BN']
+        assert cell['collapsed: BN'] == pytest.approx(np.mean(chosen))
+    assert max(row['collapsed'] for row in runs) > 0
+    (worst,) = result['worst_that_work']
+    assert worst in cells

@@ -154,7 +154,7 @@ def read_finished(path: Path) -> dict[str, dict]:
 
 def table(rows: Sequence[dict]) -> dict:
     """Rows of one kind as a table, which takes less room than a dict for each."""
-    columns = list(rows[0])
+    columns = list(rows[0]) if rows else []
     return {'columns': columns, 'rows': [[_short(row[name]) for name in columns] for row in rows]}
 
 
