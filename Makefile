@@ -49,4 +49,5 @@ bench: setup  ## measure what psBN, trained and deployed, and the hook cost, and
 evidence: setup-dev  ## test the paper's claims on small networks; ARGS=--quick for a smoke run
 	@$(VENV)/bin/python benchmarks/evidence/law.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/when.py $(ARGS)
+	@$(VENV)/bin/python benchmarks/evidence/recovery.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/networks.py $(ARGS)

@@ -103,6 +103,20 @@ def test_predicted_revival_is_when_a_layer_opens(momentum, gamma, reach):
     assert steps == pytest.approx(predicted, rel=0.03, abs=1 / (1 - momentum))
 
 
+@pytest.mark.parametrize(('factor', 'swings'), [(0.9, False), (1.2, True)])
+def test_fast_decay_with_momentum_swings_through_zero(factor, swings):
+    """Above lr * decay = (1 - sqrt(momentum))^2 a closed filter opens even with BN."""
+    bias = nn.Parameter(torch.tensor([-1.0], dtype=torch.float64))
+    decay = factor * (1 - 0.9**0.5) ** 2
+    optimizer = torch.optim.SGD([bias], lr=1, weight_decay=decay, momentum=0.9)
+    bias.grad = torch.zeros_like(bias)
+    highest = -1.0
+    for _ in range(300):
+        optimizer.step()
+        highest = max(highest, bias.item())
+    assert (highest > 0) == swings
+
+
 def test_nothing_is_predicted_to_open_without_decay():
     assert common.revival_steps(-1, 0.1, 0.1, 0) == math.inf
     assert common.revival_steps(0.05, 0.1, 0.1, 0) == 0
@@ -231,3 +245,28 @@ def test_when(work_dir):
     assert max(row['collapsed'] for row in runs) > 0
     (worst,) = result['worst_that_work']
     assert worst in cells
+
+
+def test_recovery(work_dir, public):
+    run('recovery', work_dir, '--checkpoints', public[0], '--images', public[1])
+    result = result_of('recovery', work_dir)
+    cells = {(row['network'], row['arm']): row for row in rows_of(result['summary'])}
+    assert {network for network, _ in cells} == {'vgg', 'resnet20'}
+    for network in ('vgg', 'resnet20'):
+        plain, psbn, revived = (cells[network, arm] for arm in ('BN', 'psBN', 'psBN, revive'))
+        assert plain['closed'] == psbn['closed'] == revived['closed'] > 0
+        assert plain['opened'] <= psbn['opened'] <= revived['opened']
+    assert cells['resnet20', 'psBN, revive']['opened_at'] == [0, 0, 0]
+    median = cells['vgg', 'psBN']['opened_by_predicted'][1]
+    assert median == pytest.approx(1, abs=0.4)
+    filters = rows_of(result['filters'])
+    assert len(filters) == sum(row['closed'] for row in cells.values())
+
+
+def test_recovery_without_public_data_says_what_it_skips(work_dir, public):
+    """After the whole run, of which it needs the digits alone."""
+    result = run('recovery', work_dir, '--checkpoints', 'nowhere', '--images', public[1])
+    assert 'nowhere does not exist: the public ResNets are skipped' in result.stdout
+    assert {row['network'] for row in rows_of(result_of('recovery', work_dir)['summary'])} == {
+        'vgg'
+    }

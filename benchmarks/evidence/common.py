@@ -59,6 +59,7 @@ class Experiment:
         self.args = parser.parse_args()
         self.name = name
         self.quick: bool = self.args.quick
+        self.seconds = 0.0
         folder = 'work_dirs/evidence_quick' if self.quick else 'work_dirs/evidence'
         self.work_dir: Path = self.args.work_dir or ROOT / folder
         self.work_dir.mkdir(parents=True, exist_ok=True)
@@ -90,17 +91,18 @@ class Experiment:
                 file.write(json.dumps(line) + '\n')
                 file.flush()
                 done[key_of(setting)] = line
-        return [(setting, done[key_of(setting)]['rows']) for setting in settings]
+        finished = [done[key_of(setting)] for setting in settings]
+        self.seconds = sum(line['seconds'] for line in finished)
+        return [(line['setting'], line['rows']) for line in finished]
 
     def write(self, **content: Any) -> None:
         """Write the results with the command, the versions and the hardware class."""
         options = ' --quick' if self.quick else ''
-        finished = read_finished(self.work_dir / f'{self.name}.jsonl').values()
         result = {
             'command': f'python benchmarks/evidence/{self.name}.py{options}',
             'versions': versions(),
             'hardware': f'{platform.machine()} CPU, {torch.get_num_threads()} thread',
-            'seconds': round(sum(line['seconds'] for line in finished)),
+            'seconds': round(self.seconds),
             **content,
         }
         folder = self.work_dir if self.quick else ROOT / 'benchmarks/results/evidence'
