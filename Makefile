@@ -50,4 +50,5 @@ evidence: setup-dev  ## test the paper's claims on small networks; ARGS=--quick 
 	@$(VENV)/bin/python benchmarks/evidence/law.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/when.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/recovery.py $(ARGS)
+	@$(VENV)/bin/python benchmarks/evidence/alpha.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/networks.py $(ARGS)

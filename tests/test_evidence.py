@@ -270,3 +270,12 @@ def test_recovery_without_public_data_says_what_it_skips(work_dir, public):
     assert {row['network'] for row in rows_of(result_of('recovery', work_dir)['summary'])} == {
         'vgg'
     }
+
+
+def test_alpha(work_dir):
+    run('alpha', work_dir)
+    result = result_of('alpha', work_dir)
+    assert [row['shift'] for row in rows_of(result['scratch'])] == [0, 0.02, 0.5]
+    slow, fast = rows_of(result['recovery'])
+    assert slow['shift'] < fast['shift']
+    assert slow['predicted_at'][1] > fast['predicted_at'][1]

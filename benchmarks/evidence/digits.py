@@ -18,7 +18,14 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psbn_mmdet.collapse import Census, GradientWatch, census, find_norms, trace_rectifiers
+from psbn_mmdet.collapse import (
+    KINDS,
+    Census,
+    GradientWatch,
+    census,
+    find_norms,
+    trace_rectifiers,
+)
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
 BATCH = 32
@@ -64,7 +71,6 @@ class Nets(nn.Module):
         activation (str): 'relu' or 'leaky_relu'.
         seeds (Sequence[int]): One network each.
         shift (float): The constant of psBN. Defaults to 0.1.
-        gamma (float): The scales' initial value. Defaults to 1.
     """
 
     def __init__(
@@ -74,7 +80,6 @@ class Nets(nn.Module):
         activation: str,
         seeds: Sequence[int],
         shift: float = 0.1,
-        gamma: float = 1.0,
     ) -> None:
         super().__init__()
         self.seeds = list(seeds)
@@ -85,7 +90,7 @@ class Nets(nn.Module):
         widths = [8, 8, 16, 16, 32, 32] if arch == 'vgg' else [8, 8, 8, 16, 16, 32, 32]
         inputs = [1, *widths[:-1]]
         self.convs = nn.ModuleList(self._conv(i, o, 3, generators) for i, o in zip(inputs, widths))
-        self.norms = nn.ModuleList(self._norm(norm, width, gamma) for width in widths)
+        self.norms = nn.ModuleList(self._norm(norm, width) for width in widths)
         self.head = self._conv(widths[-1], 10, 1, generators)
         self.to(memory_format=torch.channels_last)
 
@@ -100,14 +105,11 @@ class Nets(nn.Module):
                 conv.bias.zero_()
         return conv
 
-    def _norm(self, norm: str, width: int, gamma: float) -> nn.Module:
+    def _norm(self, norm: str, width: int) -> nn.Module:
         channels = width * len(self.seeds)
         if norm == 'psBN':
-            layer: nn.Module = PostShiftedBatchNorm2d(channels, shift=self.shift)
-        else:
-            layer = nn.BatchNorm2d(channels)
-        nn.init.constant_(layer.weight, gamma)
-        return layer
+            return PostShiftedBatchNorm2d(channels, shift=self.shift)
+        return nn.BatchNorm2d(channels)
 
     def _activate(self, x: Tensor) -> Tensor:
         return F.leaky_relu(x, self.negative_slope) if self.negative_slope else F.relu(x)
@@ -230,3 +232,27 @@ def count_by_net(found: Census, nets: int, kind: str) -> list[int]:
     """Filters of a kind in each network."""
     masks = [getattr(layer, kind) for layer in found.layers]
     return by_net([mask for mask in masks if mask is not None], nets).sum(1).tolist()
+
+
+def train_from_scratch(
+    arch: str,
+    norm: str,
+    activation: str,
+    optimiser: str,
+    lr: float,
+    weight_decay: float,
+    steps: int,
+    seeds: Sequence[int],
+    shift: float = 0.1,
+) -> list[dict]:
+    """Train networks of one kind; a row for each seed, with the counts and the accuracy."""
+    data = load_data()
+    nets = Nets(arch, norm, activation, seeds, shift)
+    optimizer = OPTIMISERS[optimiser](nets.parameters(), lr=lr, weight_decay=weight_decay)
+    found = train_and_count(nets, data, optimizer, steps)
+    counts = {kind: count_by_net(found, len(seeds), kind) for kind in (*KINDS, 'collapsed')}
+    scores = accuracy(nets, data)
+    return [
+        {'seed': seed, **{kind: counts[kind][i] for kind in counts}, 'accuracy': scores[i]}
+        for i, seed in enumerate(seeds)
+    ]

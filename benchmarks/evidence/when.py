@@ -5,12 +5,11 @@ Each run trains one cell of the grid with all its seeds side by side, and counts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 from common import BLUE, ORANGE, Experiment, mean_ci, table
-from digits import OPTIMISERS, Nets, accuracy, count_by_net, load_data, train_and_count
+from digits import OPTIMISERS, train_from_scratch
 from matplotlib.figure import Figure
 
 from psbn_mmdet.collapse import KINDS
@@ -47,29 +46,6 @@ def grid(quick: bool) -> list[dict]:
             activations, optimisers, archs, decays, ('BN', 'psBN')
         )
         for lr in (LRS[optimiser][::4] if quick else LRS[optimiser])
-    ]
-
-
-def run(
-    arch: str,
-    optimiser: str,
-    lr: float,
-    weight_decay: float,
-    activation: str,
-    norm: str,
-    steps: int,
-    seeds: Sequence[int],
-) -> list[dict]:
-    """Train the networks of one cell; a row for each seed."""
-    data = load_data()
-    nets = Nets(arch, norm, activation, seeds)
-    optimizer = OPTIMISERS[optimiser](nets.parameters(), lr=lr, weight_decay=weight_decay)
-    found = train_and_count(nets, data, optimizer, steps)
-    counts = {kind: count_by_net(found, len(seeds), kind) for kind in (*KINDS, 'collapsed')}
-    scores = accuracy(nets, data)
-    return [
-        {'seed': seed, **{kind: counts[kind][i] for kind in counts}, 'accuracy': scores[i]}
-        for i, seed in enumerate(seeds)
     ]
 
 
@@ -174,6 +150,6 @@ def draw(summary: dict) -> Figure:
 
 if __name__ == '__main__':
     experiment = Experiment('when', __doc__)
-    summary = summarise(experiment.run(grid(experiment.quick), run))
+    summary = summarise(experiment.run(grid(experiment.quick), train_from_scratch))
     experiment.write(**summary)
     experiment.save(draw(summary))
