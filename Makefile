@@ -46,9 +46,10 @@ bench: setup  ## measure what psBN, trained and deployed, and the hook cost, and
 	@$(VENV)/bin/python benchmarks/hook_overhead.py
 	@$(VENV)/bin/python benchmarks/leak_share.py
 
-evidence: setup-dev  ## test the paper's claims on small networks; ARGS=--quick for a smoke run
+evidence: setup-dev  ## test the paper's claims; ARGS=--quick for a smoke run
 	@$(VENV)/bin/python benchmarks/evidence/law.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/when.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/recovery.py $(ARGS)
+	@$(VENV)/bin/python benchmarks/evidence/detection.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/alpha.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/networks.py $(ARGS)

@@ -272,6 +272,52 @@ def test_recovery_without_public_data_says_what_it_skips(work_dir, public):
     }
 
 
+@pytest.fixture(scope='module')
+def cells(coco_root, tmp_path_factory) -> Path:
+    """The drawn set under the names and in the folders of the photographs of cells."""
+    folder = tmp_path_factory.mktemp('cells')
+    (folder / 'annotations').mkdir()
+    (folder / 'images').mkdir()
+    for split in ('train', 'val'):
+        (folder / 'images' / split).symlink_to(coco_root / split)
+        content = json.loads((coco_root / f'annotations/{split}.json').read_text())
+        for image in content['images']:
+            image['file_name'] = f'{split}/{image["file_name"]}'
+        for category, name in zip(content['categories'], ('RBC', 'WBC', 'Platelets', 'none')):
+            category['name'] = name
+        (folder / f'annotations/{split}.json').write_text(json.dumps(content))
+    return folder
+
+
+def test_detection(work_dir, coco_root, cells):
+    run('detection', work_dir, '--drawn', coco_root, '--images', cells)
+    result = result_of('detection', work_dir)
+    (pretrained,) = rows_of(result['pretrained'])
+    assert pretrained['detector'] == 'retinanet'
+    runs = rows_of(result['runs'])
+    assert [row['arm'] for row in runs] == ['BN', 'psBN', 'psBN, revived']
+    assert all(0 <= row['AP'] <= row['AP50'] <= 1 for row in runs)
+    assert not list((work_dir / 'detection/retinanet').glob('BN*/*.pth'))
+
+
+def test_finetunings_are_paired_by_seed():
+    import detection
+
+    common_row = dict(detector='a', norm_eval=True, times=1, collapsed_first=9, trapped=3)
+    rows = [
+        dict(common_row, arm=arm, seed=seed, AP=ap, AP50=2 * ap, collapsed=5, new=1, revived=2)
+        for arm, aps in (('BN', (0.1, 0.2, 0.3)), ('psBN', (0.11, 0.22, 0.33)))
+        for seed, ap in enumerate(aps)
+    ]
+    bn, psbn = detection.compare(rows)
+    assert bn['AP-BN'] == bn['AP-BN_low'] == 0
+    half = 4.3027 * 0.01 / 3**0.5
+    assert psbn['AP-BN'] == pytest.approx(0.02)
+    assert psbn['AP-BN_low'] == pytest.approx(0.02 - half, rel=1e-3)
+    assert psbn['seeds'] == 3
+    detection.draw([bn, psbn])
+
+
 def test_alpha(work_dir):
     run('alpha', work_dir)
     result = result_of('alpha', work_dir)

@@ -10,6 +10,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +68,15 @@ class Experiment:
         torch.set_num_threads(1)
 
     def run(
-        self, settings: Sequence[dict], do: Callable[..., list[dict]]
+        self, settings: Sequence[dict], do: Callable[..., list[dict]], jobs: int = 1
     ) -> list[tuple[dict, list[dict]]]:
         """Do what is not done yet.
 
         Args:
             settings (Sequence[dict]): Of each run, plain values.
             do (Callable): Called with a run's settings as keywords, returns its rows.
+            jobs (int): Runs at a time, in threads: for what works in processes of its own.
+                Defaults to 1.
 
         Returns:
             list[tuple[dict, list[dict]]]: Settings and rows of each run.
@@ -83,14 +87,13 @@ class Experiment:
         with path.open('a') as file:
             if path.stat().st_size and not path.read_text().endswith('\n'):
                 file.write('\n')  # the line that a killed script was writing
-            for setting in tqdm(missing, desc=self.name, disable=not missing):
-                start = time.perf_counter()
-                rows = do(**setting)
-                seconds = round(time.perf_counter() - start, 2)
-                line = {'setting': setting, 'seconds': seconds, 'rows': rows}
-                file.write(json.dumps(line) + '\n')
-                file.flush()
-                done[key_of(setting)] = line
+            with ThreadPoolExecutor(jobs) as pool:
+                mapped = pool.map if jobs > 1 else map
+                lines = mapped(partial(_timed, do), missing)
+                for line in tqdm(lines, self.name, len(missing), disable=not missing):
+                    file.write(json.dumps(line) + '\n')
+                    file.flush()
+                    done[key_of(line['setting'])] = line
         finished = [done[key_of(setting)] for setting in settings]
         self.seconds = sum(line['seconds'] for line in finished)
         return [(line['setting'], line['rows']) for line in finished]
@@ -120,6 +123,12 @@ class Experiment:
         # 128 colours are enough for these, and take a third of the room.
         picture = Image.open(drawn).convert('RGB').quantize(128)
         picture.save(folder / f'evidence_{self.name}.png', optimize=True)
+
+
+def _timed(do: Callable[..., list[dict]], setting: dict) -> dict:
+    start = time.perf_counter()
+    rows = do(**setting)
+    return {'setting': setting, 'seconds': round(time.perf_counter() - start, 2), 'rows': rows}
 
 
 def versions() -> dict[str, str]:

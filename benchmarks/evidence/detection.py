@@ -1,0 +1,256 @@
+"""Detectors with collapsed filters, finetuned on photographs: BN, psBN, psBN with revival.
+
+Faster R-CNN and RetinaNet (ResNet-18, FPN) are pretrained with BN on the drawn data until filters
+collapse, then finetuned on photographs of blood cells, with statistics fixed (norm_eval) or not,
+at the baseline's learning rate and at four times that. Each run is one of tools/train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from common import BLUE, GREEN, GREY, IMAGES, RED, ROOT, Experiment, mean_ci, table
+from matplotlib.figure import Figure
+
+from psbn_mmdet.checkpoints import (
+    convert_checkpoint,
+    read_content,
+    read_weights,
+    rectifiers_of_config,
+    write_content,
+)
+from psbn_mmdet.collapse import read_records
+from psbn_mmdet.layers import find_norm_states
+from psbn_mmdet.preflight import load_config
+from psbn_mmdet.report import find_record
+
+CONFIGS = Path(__file__).resolve().parent / 'configs'
+LEARNING_RATES = {'faster-rcnn': 0.005, 'retinanet': 0.0025}  # the baselines', for 4 images
+ARMS = ('BN', 'psBN', 'psBN, revived')
+REVIVE_SHIFT = 0.02  # of what opens the filters without much change of the outputs
+SEEDS = 3
+
+
+def train(config: Path, work_dir: Path, **options: object) -> None:
+    """Run tools/train.py, which resumes what was interrupted; its output goes to a file."""
+    resume = ['--resume'] if (work_dir / 'last_checkpoint').exists() else []
+    work_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, ROOT / 'tools/train.py', config, '--work-dir', work_dir, *resume]
+    if options:
+        command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
+    with (work_dir / 'train.txt').open('a') as output:
+        code = subprocess.call(
+            command,
+            cwd=ROOT,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    if code:
+        raise RuntimeError(f'{config.stem} failed, see {work_dir / "train.txt"}')
+
+
+def data_options(root: str) -> dict[str, object]:
+    """The options of a config for data that lie elsewhere."""
+    options: dict[str, object] = {}
+    for loader in ('train', 'val', 'test'):
+        options[f'{loader}_dataloader.dataset.data_root'] = f'{root}/'
+    for evaluator in ('val', 'test'):
+        options[f'{evaluator}_evaluator.ann_file'] = f'{root}/annotations/val.json'
+    return options
+
+
+class Detection:
+    """The runs, in a work dir."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.folder = experiment.work_dir.resolve() / 'detection'
+        self.drawn = data_options(os.path.abspath(experiment.args.drawn))
+        self.photographs = data_options(os.path.abspath(experiment.args.images))
+        self.quick: dict[str, object] = {}
+        if experiment.quick:
+            self.quick = {
+                'train_cfg.max_epochs': 1,
+                'train_cfg.val_interval': 1,
+                'train_dataloader.dataset.indices': 8,
+                'custom_hooks.0.interval': 1,
+            }
+
+    def pretrain(self, detector: str) -> list[dict]:
+        """Train with BN on the drawn data, and convert with revival."""
+        work_dir = self.folder / detector / 'pretrained'
+        config = CONFIGS / f'{detector}_r18_fpn_drawn.py'
+        train(config, work_dir, **self.drawn, **self.quick)
+        checkpoint = last_checkpoint(work_dir)
+        names = find_norm_states(read_weights(checkpoint).state_dict)
+        rectifiers = rectifiers_of_config(load_config(str(config)), names)
+        content = read_content(checkpoint)
+        revived, done = convert_checkpoint(content, 'psbn', REVIVE_SHIFT, 'collapsed', rectifiers)
+        (work_dir / 'revived.pth').unlink(missing_ok=True)
+        write_content(revived, work_dir / 'revived.pth')
+        opened = sum(map(len, done.opened.values()))
+        return [{'detector': detector, 'opened': opened, **outcome(work_dir)}]
+
+    def finetune(
+        self, detector: str, arm: str, norm_eval: bool, times: int, seed: int
+    ) -> list[dict]:
+        """Finetune on the photographs."""
+        pretrained = self.folder / detector / 'pretrained'
+        name = f'{arm.replace(", ", "_")}_{"eval" if norm_eval else "train"}_{times}x_{seed}'
+        work_dir = self.folder / detector / name
+        kind = 'BN' if arm == 'BN' else 'psBN'
+        parts = ['backbone', 'neck'] + (['bbox_head'] if detector == 'retinanet' else [])
+        start = last_checkpoint(pretrained) if arm in ARMS[:2] else pretrained / 'revived.pth'
+        train(
+            CONFIGS / f'{detector}_r18_fpn_photographs.py',
+            work_dir,
+            **{f'model.{part}.norm_cfg.type': kind for part in parts},
+            **{
+                'load_from': start,
+                'model.backbone.norm_eval': norm_eval,
+                'optim_wrapper.optimizer.lr': LEARNING_RATES[detector] * times,
+                'randomness.seed': seed,
+                'default_hooks.checkpoint.save_best': None,
+            },
+            **self.photographs,
+            **self.quick,
+        )
+        for checkpoint in work_dir.glob('*.pth'):  # a gigabyte in all
+            checkpoint.unlink()
+        return [outcome(work_dir)]
+
+
+def last_checkpoint(work_dir: Path) -> Path:
+    """What a finished training has left."""
+    return Path((work_dir / 'last_checkpoint').read_text().strip())
+
+
+def outcome(work_dir: Path) -> dict:
+    """COCO AP at the end, and the collapsed filters at the first report and at the end."""
+    scores = {'AP': 0.0, 'AP50': 0.0}  # where nothing is detected there is no line of AP
+    for log in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for line in map(json.loads, log.read_text().splitlines()):
+            if 'coco/bbox_mAP' in line:
+                scores = {'AP': line['coco/bbox_mAP'], 'AP50': line['coco/bbox_mAP_50']}
+    reports = read_records(find_record(work_dir)).reports
+    kinds = ('collapsed', 'vanished', 'dead', 'trapped')
+    return {
+        **scores,
+        **{f'{kind}_first': reports[0]['total'][kind] for kind in kinds},
+        **{kind: reports[-1]['total'][kind] for kind in kinds},
+        'new': sum(report['total']['new'] for report in reports),
+        'revived': sum(report['total']['revived'] for report in reports),
+    }
+
+
+def main() -> None:
+    """Pretrain, finetune, write."""
+    drawn = ('--drawn', str(ROOT / 'data/demo'), 'the drawn data, made if they are not there')
+    options = [('--jobs', '2', 'runs at a time'), drawn, IMAGES]
+    experiment = Experiment('detection', __doc__, options)
+    if not Path(experiment.args.images, 'annotations/train.json').is_file():
+        print(f'detection: {experiment.args.images} has no annotations/train.json: skipped')
+        return
+    if not Path(experiment.args.drawn, 'annotations/train.json').is_file():
+        make = [sys.executable, ROOT / 'demo/make_dataset.py', experiment.args.drawn]
+        subprocess.check_call(make)
+    detection = Detection(experiment)
+    jobs = int(experiment.args.jobs)
+    detectors = ['retinanet'] if experiment.quick else list(LEARNING_RATES)
+    networks = [{'detector': name} for name in detectors]
+    pretrained = experiment.run(networks, detection.pretrain, jobs)
+    settings = [
+        dict(detector=detector, arm=arm, norm_eval=norm_eval, times=times, seed=seed)
+        for arms in (ARMS[:2], ARMS[2:])
+        for seed in range(1 if experiment.quick else SEEDS)
+        for times in ((1,) if experiment.quick else (1, 4))
+        for norm_eval in ((True,) if experiment.quick else (True, False))
+        for detector in detectors
+        for arm in arms
+    ]
+    runs = experiment.run(settings, detection.finetune, jobs)
+    rows = [{**setting, **outcome} for setting, (outcome,) in runs]
+    cells = compare(rows)
+    experiment.write(
+        pretrained=table([row for _, rows in pretrained for row in rows]),
+        cells=table(cells),
+        runs=table(rows),
+    )
+    experiment.save(draw(cells))
+
+
+def compare(rows: list[dict]) -> list[dict]:
+    """By detector, setting and arm: mean counts and AP, and AP less BN's, paired by seed."""
+    groups: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        key = row['detector'], row['norm_eval'], row['times'], row['arm']
+        groups.setdefault(key, {})[row['seed']] = row
+    cells = []
+    for (detector, norm_eval, times, arm), runs in groups.items():
+        bn = groups[detector, norm_eval, times, 'BN']
+        cell = {
+            'detector': detector,
+            'norm_eval': norm_eval,
+            'times': times,
+            'arm': arm,
+            'seeds': len(runs),
+        }
+        for name in ('AP', 'AP50', 'collapsed_first', 'collapsed', 'trapped', 'new', 'revived'):
+            cell[name] = float(np.mean([run[name] for run in runs.values()]))
+        for name in ('AP', 'AP50'):
+            difference = [run[name] - bn[seed][name] for seed, run in runs.items()]
+            mean, low, high = mean_ci(difference)
+            cell |= {f'{name}-BN': mean, f'{name}-BN_low': low, f'{name}-BN_high': high}
+        cells.append(cell)
+    return cells
+
+
+def draw(cells: list[dict]) -> Figure:
+    """Trapped filters at the end, and AP less BN's, of each arm in each setting."""
+    figure = Figure(figsize=(9, 5), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    settings = list(dict.fromkeys((c['detector'], c['norm_eval'], c['times']) for c in cells))
+    for arm, colour, offset in zip(ARMS, (RED, BLUE, GREEN), (-0.2, 0.0, 0.2)):
+        mine = {(c['detector'], c['norm_eval'], c['times']): c for c in cells if c['arm'] == arm}
+        y = [settings.index(setting) + offset for setting in mine]
+        left.plot([c['trapped'] for c in mine.values()], y, 'o', color=colour, label=arm)
+        if arm != 'BN':
+            mean, low, high = (
+                np.array([c[f'AP-BN{end}'] for c in mine.values()], float)
+                for end in ('', '_low', '_high')
+            )
+            right.errorbar(mean, y, xerr=[mean - low, high - mean], fmt='o', color=colour)
+    right.axvline(0, color=GREY, linewidth=1)
+    left.set_yticks(
+        range(len(settings)),
+        [
+            f'{detector}\n{"fixed" if norm_eval else "batch"} statistics, lr x {times}'
+            for detector, norm_eval, times in settings
+        ],
+    )
+    left.invert_yaxis()
+    left.set_xlim(left=0)
+    left.set_xlabel('trapped filters at the end (mean over seeds)')
+    right.set_xlabel('AP less that of BN (mean, 95 % CI)')
+    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    clear = [
+        cell
+        for cell in cells
+        if cell['arm'] == 'psBN'
+        and cell['seeds'] > 1
+        and not cell['AP-BN_low'] <= 0 <= cell['AP-BN_high']
+    ]
+    figure.suptitle(
+        f'psBN differs from BN in AP, beyond the interval, in {len(clear)} of {len(settings)} '
+        'settings'
+    )
+    return figure
+
+
+if __name__ == '__main__':
+    main()
