@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from psbn_mmdet.checkpoints import Weights, read_weights, rectifiers_of_config
-from psbn_mmdet.collapse import Census, census_of_state_dict, compare
+from psbn_mmdet.checkpoints import read_weights, rectifiers_of_config
+from psbn_mmdet.collapse import census_of_state_dict, compare
 from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.preflight import load_config
 from psbn_mmdet.report import Audit, audit_to_csv, audit_to_dict, audit_to_text, plot_audit
@@ -69,20 +69,22 @@ def main() -> int:
 
 def make_audit(args: argparse.Namespace) -> Audit:
     """Read what was asked for and count."""
-    found: list[tuple[Weights, Census]] = []
-    for path in args.checkpoints:
-        weights = read_weights(path, args.key)
-        rectifiers = weights.rectifiers
-        if args.config:
-            names = find_norm_states(weights.state_dict)
-            rectifiers = rectifiers_of_config(load_config(args.config), names)
-        thresholds = dict(tau=args.tau, k=args.k)
-        counted = census_of_state_dict(weights.state_dict, rectifiers=rectifiers, **thresholds)
-        if not counted.layers:
+    read = [read_weights(path, args.key) for path in args.checkpoints]
+    of_config: dict[str, str] | None = None
+    if args.config:
+        names = {name for weights in read for name in find_norm_states(weights.state_dict)}
+        of_config = rectifiers_of_config(load_config(args.config), sorted(names))
+    counted = []
+    for path, weights in zip(args.checkpoints, read):
+        rectifiers = weights.rectifiers if of_config is None else of_config
+        census = census_of_state_dict(
+            weights.state_dict, tau=args.tau, k=args.k, rectifiers=rectifiers
+        )
+        if not census.layers:
             raise ValueError(f'{path} has only BN without gamma or bias: there is nothing to audit')
-        found.append((weights, counted))
-    weights, after = found[-1]
-    before = found[0][1] if len(found) == 2 else None
+        counted.append(census)
+    weights, after = read[-1], counted[-1]
+    before = counted[0] if len(counted) == 2 else None
     if before and not compare(before, after):
         raise ValueError(
             f'{args.checkpoints[0]} and {args.checkpoints[1]} have no layer in common: give two '

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..layers import bn_to_psbn, find_norm_states, psbn_to_bn
+from ..layers import bn_to_psbn, entry_key, find_norm_states, psbn_to_bn
 from .config_text import config_to_bn, config_to_psbn
 from .files import CheckpointError, find_state_dicts, wrapper_of
 
@@ -70,8 +70,7 @@ def convert_checkpoint(
         for name, kind in layers.items():
             if kind == old_kind:
                 done.converted.setdefault(key, []).append(name)
-                prefix = f'{name}.' if name else ''
-                names[prefix + old_entry] = prefix + new_entry
+                names[entry_key(name, old_entry)] = entry_key(name, new_entry)
             elif kind not in ('BN', 'psBN'):
                 done.left[name] = kind
         if to == 'psbn':
@@ -79,8 +78,8 @@ def convert_checkpoint(
             own = rectifiers and {wrapper + name: kind for name, kind in rectifiers.items()}
             new = bn_to_psbn(state_dict, shift, revive, own)
             for name in done.converted.get(key, []):
-                prefix = f'{name}.' if name else ''
-                moved = new[prefix + 'beta'] - state_dict[prefix + 'bias'] + shift > shift / 2
+                beta, bias = new[entry_key(name, 'beta')], state_dict[entry_key(name, 'bias')]
+                moved = beta - bias + shift > shift / 2
                 if moved.any():
                     done.opened[name] = moved.nonzero().flatten().tolist()
         else:

@@ -25,7 +25,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import PostShiftedBatchNorm, feeds_rectifier, find_norm_states, rectifier_closed
+from ..layers import (
+    RECTIFIERS,
+    PostShiftedBatchNorm,
+    entry_key,
+    feeds_rectifier,
+    find_norm_states,
+    rectifier_closed,
+)
 
 KINDS = ('vanished', 'dead', 'trapped')
 
@@ -61,6 +68,11 @@ class LayerCensus:
     def channels(self) -> int:
         """Number of channels C."""
         return len(self.gamma)
+
+    @property
+    def rectified(self) -> bool | None:
+        """Whether a rectifier follows the layer, None if it is not known."""
+        return None if self.rectifier is None else self.rectifier in RECTIFIERS
 
     @property
     def collapsed(self) -> np.ndarray:
@@ -282,11 +294,10 @@ def census_of_state_dict(
     for name, norm in find_norm_states(state_dict).items():
         if norm not in ('BN', 'psBN'):
             continue
-        prefix = f'{name}.' if name else ''
-        gamma = _to_numpy([state_dict[prefix + 'weight']])
-        shift = _to_numpy([state_dict[prefix + ('bias' if norm == 'BN' else 'beta')]])
+        gamma = _to_numpy([state_dict[entry_key(name, 'weight')]])
+        shift = _to_numpy([state_dict[entry_key(name, 'bias' if norm == 'BN' else 'beta')]])
         if norm == 'psBN':
-            shift = shift + np.float32(state_dict[prefix + 'shift'])
+            shift = shift + np.float32(state_dict[entry_key(name, 'shift')])
         may_be_dead = name not in rectifiers or feeds_rectifier(rectifiers, name)
         layers.append(
             LayerCensus(

@@ -1,6 +1,6 @@
 """The psBN layers, and conversion between them and BN."""
 
-from .convert import REVIVE, bn_to_psbn, feeds_rectifier, psbn_to_bn
+from .convert import RECTIFIERS, REVIVE, bn_to_psbn, feeds_rectifier, psbn_to_bn
 from .psbn import (
     PostShiftedBatchNorm,
     PostShiftedBatchNorm1d,
@@ -10,9 +10,10 @@ from .psbn import (
     check_shift,
     rectifier_closed,
 )
-from .state_dict import find_norm_states
+from .state_dict import entry_key, find_norm_states
 
 __all__ = [
+    'RECTIFIERS',
     'REVIVE',
     'PostShiftedBatchNorm',
     'PostShiftedBatchNorm1d',
@@ -21,6 +22,7 @@ __all__ = [
     'PostShiftedSyncBatchNorm',
     'bn_to_psbn',
     'check_shift',
+    'entry_key',
     'feeds_rectifier',
     'find_norm_states',
     'psbn_to_bn',

@@ -24,7 +24,7 @@ from .psbn import (
     check_shift,
     rectifier_closed,
 )
-from .state_dict import find_norm_states
+from .state_dict import entry_key, find_norm_states
 
 _PSBN_OF_BN: dict[type[_BatchNorm], type[PostShiftedBatchNorm]] = {
     nn.BatchNorm1d: PostShiftedBatchNorm1d,
@@ -36,6 +36,7 @@ _PSBN_OF_BN: dict[type[_BatchNorm], type[PostShiftedBatchNorm]] = {
 }
 _BN_OF_PSBN = {psbn: bn for bn, psbn in reversed(_PSBN_OF_BN.items())}
 REVIVE = ('none', 'collapsed')
+RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
 
 ModuleOrStateDict = TypeVar('ModuleOrStateDict', nn.Module, Mapping[str, Any])
 
@@ -90,11 +91,11 @@ def bn_to_psbn(
     edits = {}
     for name, kind in find_norm_states(network).items():
         if kind == 'BN':
-            prefix = f'{name}.' if name else ''
-            new = beta(name, network[f'{prefix}weight'], network[f'{prefix}bias'])
-            edits[f'{prefix}bias'] = {
-                f'{prefix}beta': new,
-                f'{prefix}shift': new.new_tensor(shift),
+            bias = entry_key(name, 'bias')
+            new = beta(name, network[entry_key(name, 'weight')], network[bias])
+            edits[bias] = {
+                entry_key(name, 'beta'): new,
+                entry_key(name, 'shift'): new.new_tensor(shift),
             }
     return _edited(network, edits)
 
@@ -120,17 +121,16 @@ def psbn_to_bn(network: ModuleOrStateDict) -> ModuleOrStateDict:
     edits: dict[str, dict[str, Tensor]] = {}
     for name, kind in find_norm_states(network).items():
         if kind == 'psBN':
-            prefix = f'{name}.' if name else ''
-            beta, shift = network[f'{prefix}beta'], network[f'{prefix}shift']
-            bias = (at_least_float32(beta) + at_least_float32(shift)).to(beta.dtype)
-            edits[f'{prefix}beta'] = {f'{prefix}bias': bias}
-            edits[f'{prefix}shift'] = {}
+            beta, shift = entry_key(name, 'beta'), entry_key(name, 'shift')
+            bias = at_least_float32(network[beta]) + at_least_float32(network[shift])
+            edits[beta] = {entry_key(name, 'bias'): bias.to(network[beta].dtype)}
+            edits[shift] = {}
     return _edited(network, edits)
 
 
 def feeds_rectifier(rectifiers: Mapping[str, str], name: str) -> bool:
     """Whether a layer's output goes into rectifiers and nothing else."""
-    return rectifiers.get(name) in ('relu', 'leaky_relu')
+    return rectifiers.get(name) in RECTIFIERS
 
 
 def _to_psbn(name: str, layer: nn.Module, shift: float, beta: Callable) -> nn.Module | None:

@@ -8,6 +8,11 @@ from typing import Any
 from torch import Tensor
 
 
+def entry_key(layer: str, entry: str) -> str:
+    """The key of a layer's entry in a state dict; the layer '' is itself the network."""
+    return f'{layer}.{entry}' if layer else entry
+
+
 def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
     """Find the BN and psBN layers in a state dict, from nothing but its keys and shapes.
 
@@ -26,9 +31,8 @@ def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
         name, _, entry = str(key).rpartition('.')
         if entry not in ('running_var', 'beta') or name in found:
             continue
-        prefix = f'{name}.' if name else ''
         entries = {
-            entry: state_dict.get(prefix + entry)
+            entry: state_dict.get(entry_key(name, entry))
             for entry in ('weight', 'bias', 'beta', 'shift', 'running_var')
         }
         has = {entry for entry, value in entries.items() if isinstance(value, Tensor)}

@@ -20,7 +20,6 @@ from rich.text import Text
 
 from ..collapse import Census, LayerCensus, compare, format_ranges
 from ..files import replacing
-from ..layers import feeds_rectifier
 from .channels import BLUE, draw_channels
 from .style import STYLE, shorten
 
@@ -85,7 +84,7 @@ def audit_to_dict(audit: Audit) -> dict[str, Any]:
             'norm': layer.norm,
             'channels': layer.channels,
             **{kind: int(mask.sum()) for kind, mask in masks.items()},
-            'rectified': _rectified(layer),
+            'rectified': layer.rectified,
             'which': {kind: np.flatnonzero(mask).tolist() for kind, mask in masks.items()},
         }
         for layer, masks in audit.rows()
@@ -112,7 +111,7 @@ def audit_to_csv(audit: Audit) -> str:
     kinds = list(rows[0][1])
     writer.writerow(['layer', 'norm', 'rectified', 'channels', *kinds, 'which_collapsed'])
     for layer, masks in rows:
-        rectified = {True: 'yes', False: 'no', None: ''}[_rectified(layer)]
+        rectified = {True: 'yes', False: 'no', None: ''}[layer.rectified]
         counts = [int(masks[kind].sum()) for kind in kinds]
         which = format_ranges(masks['collapsed']).replace(',', ' ')
         writer.writerow([layer.name, layer.norm, rectified, layer.channels, *counts, which])
@@ -137,7 +136,7 @@ def audit_to_text(audit: Audit) -> str:
         table.add_column(name, justify='right')
     table.add_column('which', overflow='fold')
     for layer, masks in shown:
-        rectified = {True: 'yes', False: 'no', None: '?'}[_rectified(layer)]
+        rectified = {True: 'yes', False: 'no', None: '?'}[layer.rectified]
         counts = [str(int(masks[kind].sum())) for kind in kinds]
         texts = [layer.name, rectified, str(layer.channels), *counts, _why(masks)]
         table.add_row(*map(Text, texts))
@@ -150,7 +149,7 @@ def audit_to_text(audit: Audit) -> str:
     hidden = len(rows) - len(shown)
     if hidden:
         lines.append(f'{hidden} of {len(rows)} layers have none and are not shown.')
-    unknown = sum(_rectified(layer) is None for layer, _ in rows)
+    unknown = sum(layer.rectified is None for layer, _ in rows)
     if unknown:
         lines.append(
             f'Of {unknown} layers marked ? it is not known whether a rectifier follows: a filter '
@@ -211,12 +210,6 @@ def _draw(audit: Audit) -> Figure:
         f'({audit.percent:.2f} %)'
     )
     return figure
-
-
-def _rectified(layer: LayerCensus) -> bool | None:
-    if layer.rectifier is None:
-        return None
-    return feeds_rectifier({layer.name: layer.rectifier}, layer.name)
 
 
 def _why(masks: dict[str, np.ndarray]) -> str:
