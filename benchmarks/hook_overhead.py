@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from timing import now, spread, write  # noqa: E402
 
-from psbn_mmdet.collapse import GradientWatch, census, find_norms  # noqa: E402
+from psbn_mmdet.collapse import GradientWatch, census_of_model, find_norms  # noqa: E402
 from psbn_mmdet.hooks import CollapseHook  # noqa: E402
 
 DETECTORS = {
@@ -147,9 +147,9 @@ def time_growth(device: torch.device) -> list[dict]:
         for _ in range(7):
             start = now(device)
             for group in watch._groups:
-                group.observe(None)
+                group.observe(0, None)
             middle = now(device)
-            census(layers, rectifiers=rectifiers, trapped=watch.trapped())
+            census_of_model(layers, rectifiers=rectifiers, trapped=watch.trapped())
             observing.append(middle - start)
             counting.append(now(device) - middle)
         rows.append(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from psbn_mmdet.collapse import ForwardTrace, census, leak_share  # noqa: E402
+from psbn_mmdet.collapse import RectifierTrace, census_of_model, leak_share  # noqa: E402
 
 CONFIG = "_base_ = ['mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py']\n"
 
@@ -72,12 +72,11 @@ def measure(runner: Runner, batch: dict) -> dict:
     def loss() -> torch.Tensor:
         return model.parse_losses(model(**data, mode='loss'))[0]
 
-    trace = ForwardTrace(model)
-    loss()
-    trace.close()
+    with RectifierTrace(model) as trace:
+        loss()
     shares = np.concatenate(list(leak_share(model, loss, trace.rectifiers).values()))
     shares = shares[~np.isnan(shares)]
-    found = census(model, rectifiers=trace.rectifiers)
+    found = census_of_model(model, rectifiers=trace.rectifiers)
     return {
         'filters': len(shares),
         'median_share': float(np.median(shares)),

@@ -51,6 +51,7 @@ def shrink(coco_root: Path) -> Callable[[Config], None]:
             'test_evaluator.ann_file': ann_file,
             'default_hooks.logger.interval': 1,
             'custom_hooks.0.interval': 1,
+            'custom_hooks.0.window': 1,
         }
         for loader, split in (('train', 'train'), ('val', 'val'), ('test', 'val')):
             options.update(

@@ -22,6 +22,7 @@ from torch import nn
 
 import psbn_mmdet  # noqa: F401
 from psbn_mmdet.checkpoints import read_content
+from psbn_mmdet.collapse import find_norms
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/psbn/retinanet_r50_fpn_psbn_1x_coco.py'
@@ -55,6 +56,8 @@ def folder(tmp_path_factory) -> Path:
     cfg.dump(folder / 'detector.py')
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(cfg.model)
+    for norm in find_norms(model).values():  # as if trained
+        torch.nn.init.normal_(norm.weight, 1, 0.1)
     torch.save(dict(state_dict=model.state_dict(), meta=dict(epoch=1)), folder / 'well.pth')
     norms = model.backbone.layer1[0]
     norms.bn1.weight.data[2] = 0  # vanished, but alive
@@ -95,7 +98,9 @@ def test_json_has_what_the_parameters_tell(folder):
     result = run('audit.py', 'collapsed.pth', '--format', 'json', cwd=folder)
     assert result.returncode == 0, result.stderr
     audit = json.loads(result.stdout)
-    assert audit['total'] == dict(channels=600, vanished=2, dead=3, collapsed=4)
+    assert audit['total'] == dict(
+        channels=600, unstarted=0, vanished=2, dead=3, broken=0, collapsed=4
+    )
     layers = by_name(audit)
     assert len(layers) == 20
     layer = layers['backbone.layer1.0.bn2']
@@ -114,7 +119,9 @@ def test_with_a_config_it_is_known_what_follows(folder):
     result = run('audit.py', *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
     audit = json.loads(result.stdout)
-    assert audit['total'] == dict(channels=600, vanished=2, dead=1, collapsed=3)
+    assert audit['total'] == dict(
+        channels=600, unstarted=0, vanished=2, dead=1, broken=0, collapsed=3
+    )
     layers = by_name(audit)
     assert layers['backbone.layer1.0.bn1']['rectified'] is True
     assert layers['backbone.layer1.0.bn2']['rectified'] is False

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from psbn_mmdet.checkpoints import read_weights, rectifiers_of_config
-from psbn_mmdet.collapse import census_of_state_dict, compare
+from psbn_mmdet.collapse import ASSUMED, census_of_state_dict, compare
 from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.preflight import load_config
 from psbn_mmdet.report import Audit, audit_to_csv, audit_to_dict, audit_to_text, plot_audit
@@ -76,7 +76,8 @@ def make_audit(args: argparse.Namespace) -> Audit:
         of_config = rectifiers_of_config(load_config(args.config), sorted(names))
     counted = []
     for path, weights in zip(args.checkpoints, read):
-        rectifiers = weights.rectifiers if of_config is None else of_config
+        known = weights.rectifiers if of_config is None else of_config
+        rectifiers = dict.fromkeys(find_norm_states(weights.state_dict), ASSUMED) | known
         census = census_of_state_dict(
             weights.state_dict, tau=args.tau, k=args.k, rectifiers=rectifiers
         )

@@ -79,6 +79,7 @@ class Detection:
                 'train_cfg.val_interval': 1,
                 'train_dataloader.dataset.indices': 8,
                 'custom_hooks.0.interval': 1,
+                'custom_hooks.0.window': 1,
             }
 
     def pretrain(self, detector: str) -> list[dict]:

@@ -22,7 +22,7 @@ from psbn_mmdet.collapse import (
     KINDS,
     Census,
     GradientWatch,
-    census,
+    census_of_model,
     find_norms,
     trace_rectifiers,
 )
@@ -213,7 +213,7 @@ def train_and_count(
     train(
         nets, data, optimizer, draw_batches(data, nets.seeds, steps, first), before_step, after_step
     )
-    found = census(nets, rectifiers=rectifiers_of(nets, data), trapped=watch.trapped())
+    found = census_of_model(nets, rectifiers=rectifiers_of(nets, data), trapped=watch.trapped())
     watch.close()
     return found
 

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psbn_mmdet.checkpoints import read_weights
-from psbn_mmdet.collapse import GradientWatch, census, find_norms, trace_rectifiers
+from psbn_mmdet.collapse import GradientWatch, census_of_model, find_norms, trace_rectifiers
 from psbn_mmdet.layers import bn_to_psbn, feeds_rectifier
 
 sys.path.insert(0, str(ROOT / 'tests'))
@@ -71,10 +71,10 @@ class Arrivals(GradientWatch):
 
     def look(self, step: int) -> None:
         """After an optimiser's step."""
-        for name, trapped in self.trapped().items():
+        for name, reached in self.reached(self.now).items():
             first = self.first[name]
-            first[~trapped & (first < 0)] = step
-        self.reset()
+            first[reached & (first < 0)] = step
+        self.now += 1
 
 
 class Reach:
@@ -250,7 +250,9 @@ def on_cells(
     with torch.no_grad():
         for start in range(0, min(320, len(cells.train[1])), BATCH):
             probe(cells.train[0][start : start + BATCH])
-    dead = {layer.name: layer.dead for layer in census(model, rectifiers=rectifiers).layers}
+    dead = {
+        layer.name: layer.dead for layer in census_of_model(model, rectifiers=rectifiers).layers
+    }
     model = converted(model, arm, rectifiers)
     norms = find_norms(model)
     begin = {

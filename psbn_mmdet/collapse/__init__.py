@@ -1,10 +1,11 @@
 """What collapse is: the census of a network, rectifiers, gradients, and the record of a run."""
 
 from .census import (
+    ASSUMED,
     KINDS,
     Census,
     LayerCensus,
-    census,
+    census_of_model,
     census_of_state_dict,
     check_thresholds,
     compare,
@@ -23,20 +24,21 @@ from .records import (
     stream_json,
     stream_records,
 )
-from .rectifiers import ForwardTrace, RectifierTrace, trace_rectifiers, what_follows
 from .snapshots import copy_snapshots, find_snapshots, read_snapshot, write_snapshot
+from .trace import RectifierTrace, StepTrace, trace_rectifiers, what_follows
 
 __all__ = [
+    'ASSUMED',
     'KINDS',
     'RECORD_FILE',
     'Census',
-    'ForwardTrace',
     'GradientWatch',
     'LayerCensus',
     'RecordWriter',
     'Records',
     'RectifierTrace',
-    'census',
+    'StepTrace',
+    'census_of_model',
     'census_of_state_dict',
     'check_thresholds',
     'compare',

@@ -1,7 +1,7 @@
 """Which filters of a network are collapsed, and why.
 
-Three facts are told apart, each per BN channel with gamma and the effective shift b (the bias of
-BN; beta + alpha of psBN):
+Four facts are told apart, each per BN channel with its gamma and the bias b that the rectifier sees
+(the bias of BN; beta + alpha of psBN):
 
 - *vanished*: ``|gamma| <= tau``. The filter's response no longer reaches the output.
 - *dead*: ``b + k * |gamma| <= 0``, predicted from the parameters of a BN whose output goes
@@ -9,8 +9,15 @@ BN; beta + alpha of psBN):
   at most Phi(-3) = 0.135 % of the inputs.
 - *trapped*: no gradient reached gamma nor beta in any step of an observation window. Measured in
   training (see :mod:`.gradients`), exact for any activation, wherever it stands.
+- *broken*: gamma or b is not a finite number.
 
-*Collapsed* is vanished, dead or trapped, as far as each is known for the layer.
+*Collapsed* is vanished, dead, trapped or broken, as far as each is known for the layer.
+
+An *unstarted* filter is none of these: it has lost nothing, since it has not begun. Filters are
+unstarted in a layer that is as its initialisation left it: all its gammas are equal, and so are
+all its biases, which no training leaves so. Among them are those that ``zero_init_residual`` starts
+at gamma = 0. In training a filter begins once a gradient has reached it and ``|gamma| > tau``. In a
+layer of a checkpoint all have begun.
 """
 
 from __future__ import annotations
@@ -29,12 +36,13 @@ from ..layers import (
     RECTIFIERS,
     PostShiftedBatchNorm,
     entry_key,
-    feeds_rectifier,
     find_norm_states,
     rectifier_closed,
 )
 
-KINDS = ('vanished', 'dead', 'trapped')
+KINDS = ('vanished', 'dead', 'trapped', 'broken')
+# What follows a layer is not known, and taken for a rectifier.
+ASSUMED = 'assumed'
 
 
 @dataclass(frozen=True)
@@ -45,24 +53,29 @@ class LayerCensus:
         name (str): The layer's name in the network.
         norm (str): 'BN' or 'psBN'.
         gamma (np.ndarray): Scale, shape (C,).
-        shift (np.ndarray): Effective shift b, shape (C,).
+        bias (np.ndarray): The bias b that the rectifier sees, shape (C,).
         frozen (bool): Whether neither gamma nor beta is trained.
         rectifier (str, optional): What follows the layer: 'relu', 'leaky_relu', 'other' for
-            anything else, None if it is not known.
+            anything else, None if it is not known, 'assumed' if it is taken for a rectifier.
+        unstarted (np.ndarray): Bool, shape (C,).
         vanished (np.ndarray): Bool, shape (C,).
-        dead (np.ndarray, optional): Bool, shape (C,), None if no rectifier is known to follow.
+        dead (np.ndarray, optional): Bool, shape (C,), None if no rectifier is known or assumed to
+            follow.
         trapped (np.ndarray, optional): Bool, shape (C,), None if not observed.
+        broken (np.ndarray): Bool, shape (C,).
     """
 
     name: str
     norm: str
     gamma: np.ndarray
-    shift: np.ndarray
+    bias: np.ndarray
     frozen: bool
     rectifier: str | None
+    unstarted: np.ndarray
     vanished: np.ndarray
     dead: np.ndarray | None
     trapped: np.ndarray | None
+    broken: np.ndarray
 
     @property
     def channels(self) -> int:
@@ -72,12 +85,13 @@ class LayerCensus:
     @property
     def rectified(self) -> bool | None:
         """Whether a rectifier follows the layer, None if it is not known."""
-        return None if self.rectifier is None else self.rectifier in RECTIFIERS
+        return None if self.rectifier in (None, ASSUMED) else self.rectifier in RECTIFIERS
 
     @property
     def collapsed(self) -> np.ndarray:
-        """Vanished, dead or trapped as far as known; bool, shape (C,)."""
-        return _union(self.vanished, self.dead, self.trapped)
+        """Vanished, dead, trapped or broken as far as known; bool, shape (C,)."""
+        known = [mask for mask in (getattr(self, kind) for kind in KINDS) if mask is not None]
+        return np.logical_or.reduce(known)
 
     @property
     def stage(self) -> str:
@@ -106,8 +120,11 @@ class Census:
     def __getitem__(self, name: str) -> LayerCensus:
         return self._index[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
     def count(self, kind: str) -> int | None:
-        """Number of channels of a kind ('vanished', 'dead', 'trapped' or 'collapsed').
+        """Number of channels of a kind, such as 'vanished', 'collapsed' or 'unstarted'.
 
         Returns:
             int, optional: None if the kind is not known for any layer.
@@ -126,12 +143,43 @@ class Census:
         """Number of channels in frozen layers."""
         return sum(layer.channels for layer in self.layers if layer.frozen)
 
+    def values(self, what: str) -> np.ndarray:
+        """The 'gamma' or 'bias' of all channels, shape (channels,)."""
+        return np.concatenate([getattr(layer, what) for layer in self.layers])
+
     def stages(self) -> dict[str, Census]:
         """The census of each stage, in the order of the network."""
         stages: dict[str, list[LayerCensus]] = {}
         for layer in self.layers:
             stages.setdefault(layer.stage, []).append(layer)
         return {name: Census(layers, self.tau, self.k) for name, layers in stages.items()}
+
+    def judged(
+        self,
+        rectifiers: Mapping[str, str] | None = None,
+        trapped: Mapping[str, np.ndarray] | None = None,
+        unstarted: Mapping[str, np.ndarray] | None = None,
+    ) -> Census:
+        """The same parameters, judged by what is known now; for the arguments see the functions."""
+        return Census(
+            [
+                _judge(
+                    layer.name,
+                    layer.norm,
+                    layer.gamma,
+                    layer.bias,
+                    layer.frozen,
+                    self.tau,
+                    self.k,
+                    (rectifiers or {}).get(layer.name),
+                    (trapped or {}).get(layer.name),
+                    (unstarted or {}).get(layer.name),
+                )
+                for layer in self.layers
+            ],
+            self.tau,
+            self.k,
+        )
 
 
 def compare(before: Census, after: Census) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -174,8 +222,8 @@ def find_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def trainable_shift(norm: _BatchNorm) -> nn.Parameter | None:
-    """The trained part of a layer's effective shift: ``beta`` of psBN, ``bias`` of BN."""
+def trainable_bias(norm: _BatchNorm) -> nn.Parameter | None:
+    """The trained part of a layer's bias: ``beta`` of psBN, ``bias`` of BN."""
     return norm.beta if isinstance(norm, PostShiftedBatchNorm) else norm.bias
 
 
@@ -193,27 +241,31 @@ def stage_of(name: str) -> str:
 
 
 @torch.no_grad()
-def census(
+def census_of_model(
     model: nn.Module,
     *,
     tau: float = 1e-3,
     k: float = 3.0,
     rectifiers: Mapping[str, str] | None = None,
     trapped: Mapping[str, np.ndarray] | None = None,
+    unstarted: Mapping[str, np.ndarray] | None = None,
 ) -> Census:
     """Count the collapsed filters of a network.
 
     Args:
         model (nn.Module): Any network; its BN and psBN layers with a gamma are looked at.
         tau (float): Largest ``|gamma|`` of a vanished filter. Defaults to 1e-3: with inputs of
-            unit variance the response is then below what float16 resolves beside a shift of 1.
+            unit variance the response is then below what float16 resolves beside a bias of 1.
         k (float): A filter is dead if its rectifier opens only beyond k standard deviations.
             Defaults to 3: 0.135 % of inputs with a normal distribution.
         rectifiers (Mapping[str, str], optional): What follows each layer, from
-            :func:`.trace_rectifiers`. Layers not in it are judged as vanished and trapped only.
-            Defaults to None.
+            :func:`.trace_rectifiers`. In layers that are not in it ``dead`` is None; 'assumed'
+            has a layer judged as if a rectifier followed. Defaults to None.
         trapped (Mapping[str, np.ndarray], optional): Trapped channels by layer, from
             :class:`.GradientWatch`; layers not in it were not observed. Defaults to None.
+        unstarted (Mapping[str, np.ndarray], optional): Channels that have not begun, by layer. In
+            layers not in it all have begun, unless the layer is as its initialisation left it.
+            Defaults to None.
 
     Returns:
         Census: With one entry per layer.
@@ -223,42 +275,41 @@ def census(
 
     Examples:
         >>> from torch import nn
-        >>> from psbn_mmdet.collapse import census
+        >>> from psbn_mmdet.collapse import census_of_model
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> nn.init.zeros_(model[1].weight[:2]).shape
         torch.Size([2])
-        >>> census(model).count('vanished')
+        >>> census_of_model(model).count('vanished')
         2
     """
     check_thresholds(tau, k)
     norms = find_norms(model)
     sizes = [norm.num_features for norm in norms.values()]
     gammas = _split(_to_numpy(norm.weight for norm in norms.values()), sizes)
-    shifts = _split(
+    biases = _split(
         _to_numpy(
             torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
             for norm in norms.values()
         ),
         sizes,
     )
-    rectifiers = rectifiers or {}
     layers = []
-    for (name, norm), gamma, shift in zip(norms.items(), gammas, shifts):
-        rectified = feeds_rectifier(rectifiers, name)
-        frozen = not any(
-            p is not None and p.requires_grad for p in (norm.weight, trainable_shift(norm))
-        )
+    for (name, norm), gamma, bias in zip(norms.items(), gammas, biases):
+        kind = 'psBN' if isinstance(norm, PostShiftedBatchNorm) else 'BN'
+        params = (norm.weight, trainable_bias(norm))
+        frozen = not any(p is not None and p.requires_grad for p in params)
         layers.append(
-            LayerCensus(
-                name=name,
-                norm='psBN' if isinstance(norm, PostShiftedBatchNorm) else 'BN',
-                gamma=gamma,
-                shift=shift,
-                frozen=frozen,
-                rectifier=rectifiers.get(name),
-                vanished=np.abs(gamma) <= tau,
-                dead=rectifier_closed(gamma, shift, k) if rectified else None,
-                trapped=None if frozen else (trapped or {}).get(name),
+            _judge(
+                name,
+                kind,
+                gamma,
+                bias,
+                frozen,
+                tau,
+                k,
+                (rectifiers or {}).get(name),
+                (trapped or {}).get(name),
+                (unstarted or {}).get(name),
             )
         )
     return Census(layers, tau, k)
@@ -276,11 +327,9 @@ def census_of_state_dict(
     Args:
         state_dict (Mapping[str, Any]): With BN or psBN layers, see
             :func:`psbn_mmdet.layers.find_norm_states`.
-        tau (float): See :func:`census`.
-        k (float): See :func:`census`.
-        rectifiers (Mapping[str, str], optional): What follows each layer, from
-            :func:`.trace_rectifiers`. A layer that is not in it is judged as if a rectifier
-            followed, since a state dict does not tell. Defaults to None.
+        tau (float): See :func:`census_of_model`.
+        k (float): See :func:`census_of_model`.
+        rectifiers (Mapping[str, str], optional): See :func:`census_of_model`.
 
     Returns:
         Census: With one entry per layer, in the order of the file; none is taken for frozen.
@@ -289,30 +338,55 @@ def census_of_state_dict(
         ValueError: If ``tau`` or ``k`` is out of range.
     """
     check_thresholds(tau, k)
-    rectifiers = rectifiers or {}
     layers = []
     for name, norm in find_norm_states(state_dict).items():
         if norm not in ('BN', 'psBN'):
             continue
         gamma = _to_numpy([state_dict[entry_key(name, 'weight')]])
-        shift = _to_numpy([state_dict[entry_key(name, 'bias' if norm == 'BN' else 'beta')]])
+        bias = _to_numpy([state_dict[entry_key(name, 'bias' if norm == 'BN' else 'beta')]])
         if norm == 'psBN':
-            shift = shift + np.float32(state_dict[entry_key(name, 'shift')])
-        may_be_dead = name not in rectifiers or feeds_rectifier(rectifiers, name)
-        layers.append(
-            LayerCensus(
-                name=name,
-                norm=norm,
-                gamma=gamma,
-                shift=shift,
-                frozen=False,
-                rectifier=rectifiers.get(name),
-                vanished=np.abs(gamma) <= tau,
-                dead=rectifier_closed(gamma, shift, k) if may_be_dead else None,
-                trapped=None,
-            )
-        )
+            bias = bias + np.float32(state_dict[entry_key(name, 'shift')])
+        rectifier = (rectifiers or {}).get(name)
+        layers.append(_judge(name, norm, gamma, bias, False, tau, k, rectifier, None, None))
     return Census(layers, tau, k)
+
+
+def _judge(
+    name: str,
+    norm: str,
+    gamma: np.ndarray,
+    bias: np.ndarray,
+    frozen: bool,
+    tau: float,
+    k: float,
+    rectifier: str | None,
+    trapped: np.ndarray | None,
+    unstarted: np.ndarray | None,
+) -> LayerCensus:
+    if unstarted is None:
+        unstarted = np.full(len(gamma), _as_initialised(gamma, bias))
+    begun = ~unstarted
+    with np.errstate(invalid='ignore'):  # NaN and infinity are broken, and nothing else
+        vanished = (np.abs(gamma) <= tau) & begun
+        dead = rectifier_closed(gamma, bias, k) & begun
+    return LayerCensus(
+        name=name,
+        norm=norm,
+        gamma=gamma,
+        bias=bias,
+        frozen=frozen,
+        rectifier=rectifier,
+        unstarted=unstarted,
+        vanished=vanished,
+        dead=dead if rectifier in (*RECTIFIERS, ASSUMED) else None,
+        trapped=None if frozen or trapped is None else trapped & begun,
+        broken=~(np.isfinite(gamma) & np.isfinite(bias)),
+    )
+
+
+def _as_initialised(gamma: np.ndarray, bias: np.ndarray) -> bool:
+    """Whether all gammas are equal, and all biases; one channel alone tells nothing."""
+    return len(gamma) > 1 and bool((gamma == gamma[0]).all() and (bias == bias[0]).all())
 
 
 def _to_numpy(tensors: Iterable[torch.Tensor]) -> np.ndarray:
@@ -327,7 +401,3 @@ def _to_numpy(tensors: Iterable[torch.Tensor]) -> np.ndarray:
 
 def _split(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
     return np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
-
-
-def _union(*masks: np.ndarray | None) -> np.ndarray:
-    return np.logical_or.reduce([mask for mask in masks if mask is not None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from .census import trainable_shift
+from .census import trainable_bias
 
 
 class GradientWatch:
-    """Collect, step by step, which BN channels a gradient has reached.
+    """Note, step by step, when a gradient last reached each BN channel.
 
     The gradients are read in a pre-hook of the optimiser's step: accumulated over micro-batches,
     reduced over all processes, unscaled and clipped by then, and without weight decay. A step
     that a gradient scaler skips is not seen. Reading takes a handful of kernels for the whole
-    network, no synchronisation with the device and no communication.
+    network, no synchronisation with the device and no communication. What fails in it is kept in
+    ``failure`` and ends the watching, never the step.
 
     Args:
         optimizers (Sequence[Optimizer]): All optimisers of the training.
@@ -28,17 +29,22 @@ class GradientWatch:
     Attributes:
         active (bool): Whether steps are looked at. Set it to False to skip some. Defaults to
             True.
+        now (int): The time that is noted, such as the number of the iteration, 0 or more.
+            Defaults to 0.
+        failure (Exception, optional): What ended the watching.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], norms: Mapping[str, _BatchNorm]) -> None:
         self.active = True
+        self.now = 0
+        self.failure: Exception | None = None
         layer_of = {
             param: name
             for name, norm in norms.items()
-            for param in (norm.weight, trainable_shift(norm))
+            for param in (norm.weight, trainable_bias(norm))
             if param is not None
         }
-        self._groups = []
+        self._groups: list[_ParamGroup] = []
         self._handles = []
         for optimizer in optimizers:
             params = [p for group in optimizer.param_groups for p in group['params']]
@@ -51,37 +57,43 @@ class GradientWatch:
                 self._groups += groups
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step(groups)))
 
-    def _before_step(self, groups: list[_ParamGroup]):
+    def _before_step(self, groups: list[_ParamGroup]) -> Callable:
         def hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            if self.active:
+            if not self.active or self.failure is not None:
+                return
+            try:
                 for group in groups:
-                    group.observe(getattr(optimizer, 'found_inf', None))
+                    group.observe(self.now, getattr(optimizer, 'found_inf', None))
+            except Exception as error:  # the training goes on without us
+                self.failure = error
 
         return hook
 
     @property
     def steps(self) -> int:
-        """Number of optimiser steps seen in this window, of the optimiser that made most."""
+        """Number of optimiser steps seen, of the optimiser that made most."""
         return max((group.steps for group in self._groups), default=0)
 
-    def trapped(self) -> dict[str, np.ndarray]:
-        """Channels that no gradient has reached in this window.
+    def trapped(self, since: int = 0) -> dict[str, np.ndarray]:
+        """Channels that no gradient has reached in a window.
+
+        Args:
+            since (int): The window is from this time, see ``now``, on. Defaults to 0.
 
         Returns:
             dict[str, np.ndarray]: Bool masks of shape (C,) by layer. A layer is absent if it was
             not observed: no step was made, or none in which it had gradients (it is frozen, or
             no part of the graph).
         """
+        return {name: ~mask for name, mask in self.reached(since).items()}
+
+    def reached(self, since: int = 0) -> dict[str, np.ndarray]:
+        """Channels that a gradient has reached in a window; as :meth:`trapped`."""
         reached: dict[str, np.ndarray] = {}
         for group in self._groups:
-            for name, mask in group.reached():
+            for name, mask in group.reached(since):
                 reached[name] = reached[name] | mask if name in reached else mask
-        return {name: ~mask for name, mask in reached.items()}
-
-    def reset(self) -> None:
-        """Start a new window."""
-        for group in self._groups:
-            group.reset()
+        return reached
 
     def close(self) -> None:
         """Detach from the optimisers."""
@@ -97,11 +109,8 @@ class _ParamGroup:
         self.params = params
         self.layers = [layer_of[p] for p in params]
         self.zeros = [torch.zeros_like(p, dtype=torch.float32) for p in params]
-        self.reset()
-
-    def reset(self) -> None:
-        self.largest: Tensor | None = None  # per element, over the window's steps
-        self.had_grad = [False] * len(self.params)
+        self.last: Tensor | None = None  # time of the last gradient, per element; -1: none yet
+        self.had_grad = [-1] * len(params)  # time of the last step with a gradient tensor
         self.calls = 0
         self.skipped: Tensor | float = 0.0  # stays on the device
 
@@ -110,24 +119,27 @@ class _ParamGroup:
         return self.calls - int(self.skipped)
 
     @torch.no_grad()
-    def observe(self, found_inf: Tensor | None) -> None:
+    def observe(self, now: int, found_inf: Tensor | None) -> None:
         grads = [p.grad for p in self.params]
         if all(grad is None for grad in grads):
             return
         self.calls += 1
-        self.had_grad = [had or g is not None for had, g in zip(self.had_grad, grads)]
-        flat = torch.cat([z if g is None else g.float() for z, g in zip(self.zeros, grads)]).abs_()
+        self.had_grad = [old if g is None else now for old, g in zip(self.had_grad, grads)]
+        flat = torch.cat([z if g is None else g.float() for z, g in zip(self.zeros, grads)])
+        reached = flat != 0
         if found_inf is not None:  # a fused optimiser, which skips the step by itself
             skips = found_inf.to(flat.device) != 0
             self.skipped = self.skipped + skips
-            flat.masked_fill_(skips, 0)
-        self.largest = flat if self.largest is None else torch.maximum(self.largest, flat)
+            reached = reached & ~skips
+        if self.last is None:
+            self.last = torch.full_like(flat, -1, dtype=torch.int64)
+        self.last.masked_fill_(reached, now)
 
-    def reached(self):
-        if self.largest is None or self.steps == 0:
+    def reached(self, since: int) -> Iterator[tuple[str, np.ndarray]]:
+        if self.last is None or self.steps == 0:
             return
-        reached = (self.largest != 0).cpu().numpy()
+        reached = (self.last >= max(since, 0)).cpu().numpy()
         ends = np.cumsum([p.numel() for p in self.params])
         for name, had_grad, mask in zip(self.layers, self.had_grad, np.split(reached, ends[:-1])):
-            if had_grad:
+            if had_grad >= max(since, 0):
                 yield name, mask

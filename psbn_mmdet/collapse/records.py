@@ -1,15 +1,16 @@
 """The collapse record of a training run: a file of JSON lines.
 
-The first line is the header: the layers, their channel counts, the thresholds, the versions. Each
-further line is a report of one iteration. Channels are written as ranges, '0-3,7' for
-0, 1, 2, 3 and 7. Lines are appended and flushed one by one, so that a killed run loses at most
-the last one.
+The first line is the header: the layers, their channel counts, the thresholds, the versions, and an
+``id`` by which a resumed run finds the record that it continues. Each further line is a report of
+one iteration. Channels are written as ranges, '0-3,7' for 0, 1, 2, 3 and 7. Lines are appended and
+flushed one by one, so that a killed run loses at most the last one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,13 @@ class Records:
         """Counts of a kind over iterations, NaN where it was not observed.
 
         Args:
-            kind (str): 'collapsed', 'vanished', 'dead', 'trapped', 'new' or 'revived'.
+            kind (str): 'collapsed', 'vanished', 'dead', 'trapped', 'broken', 'unstarted', 'new' or
+                'revived'; records of earlier versions lack some.
 
         Returns:
             tuple[list[int], list[float]]: Iterations and counts.
         """
-        counts = [report['total'][kind] for report in self.reports]
+        counts = [report['total'].get(kind) for report in self.reports]
         return (
             [report['iter'] for report in self.reports],
             [float('nan') if count is None else count for count in counts],
@@ -53,17 +55,20 @@ class Records:
     def mask(self, report: dict[str, Any], kind: str, layer: int) -> np.ndarray:
         """Bool mask of shape (C,) of a layer's channels of a kind in a report."""
         return parse_ranges(
-            report['channels'][kind].get(str(layer), ''), self.header['layers'][layer]['channels']
+            report['channels'].get(kind, {}).get(str(layer), ''),
+            self.header['layers'][layer]['channels'],
         )
 
 
-def read_records(path: str | os.PathLike) -> Records:
+def read_records(path: str | os.PathLike, last_of: int | None = None) -> Records:
     """Read the collapse record of a run.
 
     A torn last line, left by a killed run, is passed over.
 
     Args:
         path (str | PathLike): A ``collapse.jsonl`` file.
+        last_of (int, optional): Keep only the last report up to this iteration, if there is any.
+            Defaults to None: all reports.
 
     Returns:
         Records: Header and reports.
@@ -72,8 +77,11 @@ def read_records(path: str | os.PathLike) -> Records:
         ValueError: If a line is damaged; the message has its number.
     """
     with open(path, 'rb') as file:
-        header, *reports = stream_records(file, lambda header: None, _check_report)
-    return Records(header, reports)
+        lines = stream_records(file, lambda header: None, _check_report)
+        header = next(lines)
+        if last_of is None:
+            return Records(header, list(lines))
+        return Records(header, list(deque((r for r in lines if r['iter'] <= last_of), maxlen=1)))
 
 
 def stream_records(
@@ -144,24 +152,41 @@ class RecordWriter:
     """Append reports to a collapse record.
 
     Args:
-        path (str | PathLike): The file; it is made with its header, and with ``reports`` at once,
-            or not at all.
+        path (str | PathLike): The file; it is made with its header, and with the reports of an
+            earlier record at once, or not at all.
         header (dict): Layers, thresholds and versions.
-        reports (list[dict]): Reports of the run that this one continues. Defaults to ().
+        earlier (str | PathLike, optional): The record of the run that this one continues.
+            Defaults to None.
+        last (int): The iteration up to which its reports are taken over. Defaults to 0.
+
+    Raises:
+        ValueError: If a line of ``earlier`` is damaged; the message has its number.
     """
 
     def __init__(
-        self, path: str | os.PathLike, header: dict[str, Any], reports: list | tuple = ()
+        self,
+        path: str | os.PathLike,
+        header: dict[str, Any],
+        earlier: str | os.PathLike | None = None,
+        last: int = 0,
     ) -> None:
         self.path = Path(path)
         with replacing(self.path) as part, open(part, 'w') as file:
-            for line in ({'format': FORMAT, **header}, *reports):
-                file.write(json.dumps(line) + '\n')
+            file.write(json.dumps({'format': FORMAT, **header}) + '\n')
+            for report in _reports_until(earlier, last) if earlier else ():
+                file.write(json.dumps(report) + '\n')
 
     def append(self, report: dict[str, Any]) -> None:
         """Write a report and flush it."""
         with open(self.path, 'a') as file:
             file.write(json.dumps(report) + '\n')
+
+
+def _reports_until(path: str | os.PathLike, last: int) -> Iterator[dict[str, Any]]:
+    with open(path, 'rb') as file:
+        lines = stream_records(file, lambda header: None, _check_report)
+        next(lines)
+        yield from (report for report in lines if report['iter'] <= last)
 
 
 def format_ranges(mask: np.ndarray) -> str:

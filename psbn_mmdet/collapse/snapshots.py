@@ -1,7 +1,7 @@
-"""Snapshots of all gammas and effective shifts, which the hook keeps beside its record.
+"""Snapshots of all gammas and biases, which the hook keeps beside its record.
 
 ``snapshots/iter_<n>.npy`` in a run's log folder is a float16 array of shape (2, C): gamma and
-effective shift of all channels after n iterations, layer by layer in the order of the record's
+bias b of all channels after n iterations, layer by layer in the order of the record's
 header.
 """
 
@@ -20,7 +20,7 @@ FOLDER = 'snapshots'  # in a run's log folder
 
 
 def write_snapshot(
-    run: str | os.PathLike, iteration: int, gamma: np.ndarray, shift: np.ndarray
+    run: str | os.PathLike, iteration: int, gamma: np.ndarray, bias: np.ndarray
 ) -> Path:
     """Write the snapshot of an iteration, unless it is there.
 
@@ -28,7 +28,7 @@ def write_snapshot(
         run (str | PathLike): The run's log folder.
         iteration (int): Number of iterations done.
         gamma (np.ndarray): Of all channels, shape (C,).
-        shift (np.ndarray): Effective shifts of all channels, shape (C,).
+        bias (np.ndarray): Biases b of all channels, shape (C,).
 
     Returns:
         Path: The file.
@@ -36,7 +36,7 @@ def write_snapshot(
     path = Path(run) / FOLDER / f'iter_{iteration}.npy'
     if not path.exists():
         with np.errstate(over='ignore'):  # what float16 cannot hold is infinite
-            values = np.stack([gamma, shift]).astype(np.float16)
+            values = np.stack([gamma, bias]).astype(np.float16)
         with replacing(path) as part, open(part, 'wb') as file:
             np.save(file, values)
     return path
@@ -67,7 +67,7 @@ def read_snapshot(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, n
         channels (int): Number of channels C of the record that it stands beside.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: Gamma and effective shift, shape (C,) each.
+        tuple[np.ndarray, np.ndarray]: Gamma and bias, shape (C,) each.
 
     Raises:
         ValueError: If the file is damaged or of another network.
@@ -78,8 +78,8 @@ def read_snapshot(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, n
             raise ValueError(f'shape {values.shape}, the record has {channels} channels')
     except (ValueError, EOFError) as error:
         raise ValueError(f'{path} is no snapshot of this run ({error}): delete it') from None
-    gamma, shift = values.astype(np.float32)
-    return gamma, shift
+    gamma, bias = values.astype(np.float32)
+    return gamma, bias
 
 
 def copy_snapshots(source: str | os.PathLike, run: str | os.PathLike, last: int) -> None:

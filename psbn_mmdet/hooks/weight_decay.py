@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from ..collapse.census import trainable_shift
+from ..collapse.census import trainable_bias
 from ..layers import PostShiftedBatchNorm
 
 
@@ -38,7 +38,7 @@ def weight_decay_warning(
         for param in group['params']
     }
     trained = {
-        name: [p for p in (norm.weight, trainable_shift(norm)) if p is not None and p.requires_grad]
+        name: [p for p in (norm.weight, trainable_bias(norm)) if p is not None and p.requires_grad]
         for name, norm in norms.items()
         if isinstance(norm, PostShiftedBatchNorm)
     }

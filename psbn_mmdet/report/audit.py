@@ -23,7 +23,7 @@ from ..files import replacing
 from .channels import BLUE, draw_channels
 from .style import STYLE, shorten
 
-KINDS = ('vanished', 'dead', 'collapsed')
+KINDS = ('unstarted', 'vanished', 'dead', 'broken', 'collapsed')
 WIDTH = 120  # characters of a table
 
 
@@ -52,11 +52,8 @@ class Audit:
         rows = []
         for layer in self.census.layers:
             none = np.zeros(layer.channels, bool)
-            masks = {
-                'vanished': layer.vanished,
-                'dead': none if layer.dead is None else layer.dead,
-                'collapsed': layer.collapsed,
-            }
+            masks = {kind: getattr(layer, kind) for kind in KINDS}
+            masks['dead'] = none if layer.dead is None else layer.dead
             if self.before:
                 masks['new'], masks['revived'] = changes.get(layer.name, (none, none))
             rows.append((layer, masks))
@@ -128,7 +125,9 @@ def audit_to_text(audit: Audit) -> str:
         for layer, masks in rows
         if masks['collapsed'].any() or ('new' in masks and (masks['new'] | masks['revived']).any())
     ]
-    kinds = list(rows[0][1])
+    kinds = [kind for kind in rows[0][1] if kind != 'unstarted']
+    if not audit.census.count('broken'):
+        kinds.remove('broken')
     table = Table()
     table.add_column('layer', no_wrap=True)
     table.add_column('rectified')
@@ -149,6 +148,13 @@ def audit_to_text(audit: Audit) -> str:
     hidden = len(rows) - len(shown)
     if hidden:
         lines.append(f'{hidden} of {len(rows)} layers have none and are not shown.')
+    if audit.census.count('unstarted'):
+        lines.append(
+            f'{audit.census.count("unstarted")} filters are unstarted, in layers as initialised '
+            '(all gammas are equal, and all biases): they have not begun, and lost nothing.'
+        )
+    if audit.census.count('broken'):
+        lines.append('Broken filters have a gamma or bias that is not a finite number.')
     unknown = sum(layer.rectified is None for layer, _ in rows)
     if unknown:
         lines.append(
@@ -162,7 +168,7 @@ def audit_to_text(audit: Audit) -> str:
 
 
 def plot_audit(audit: Audit, out: str | os.PathLike) -> Path:
-    """Draw gamma against effective shift, and the share of collapsed filters by layer.
+    """Draw gamma against bias, and the share of collapsed filters by layer.
 
     Args:
         audit (Audit): What was found.
@@ -181,11 +187,11 @@ def _draw(audit: Audit) -> Figure:
     layers = audit.census.layers
     figure = Figure(figsize=(11, 4.5), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
-    gamma, shift, collapsed = (
+    gamma, bias, collapsed = (
         np.concatenate([getattr(layer, what) for layer in layers])
-        for what in ('gamma', 'shift', 'collapsed')
+        for what in ('gamma', 'bias', 'collapsed')
     )
-    draw_channels(left, gamma, shift, collapsed, audit.census.k)
+    draw_channels(left, gamma, bias, collapsed, audit.census.k)
     left.legend(loc='upper left', fontsize=8, frameon=False)
     left.set_title('filters', loc='left')
     shares = [100 * layer.collapsed.mean() for layer in layers]
@@ -214,9 +220,9 @@ def _draw(audit: Audit) -> Figure:
 
 def _why(masks: dict[str, np.ndarray]) -> str:
     """Channels by what they are, such as 'vanished, dead 1,5; dead 3'."""
-    facts = [kind for kind in masks if kind != 'collapsed']
+    facts = [kind for kind in masks if kind not in ('collapsed', 'unstarted')]
     groups: dict[str, np.ndarray] = {}
-    for channel in np.flatnonzero(np.logical_or.reduce(list(masks.values()))):
+    for channel in np.flatnonzero(np.logical_or.reduce([masks[kind] for kind in facts])):
         label = ', '.join(kind for kind in facts if masks[kind][channel])
         mask = groups.setdefault(label, np.zeros_like(masks['collapsed']))
         mask[channel] = True

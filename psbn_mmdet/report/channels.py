@@ -1,4 +1,4 @@
-"""The picture of a network's channels: gamma against the effective shift."""
+"""The picture of a network's channels: gamma against the bias."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLUE, YELLOW = '#0072B2', '#F0E442'  # of Okabe and Ito's palette
 def draw_channels(
     ax: Axes,
     gamma: np.ndarray,
-    shift: np.ndarray,
+    bias: np.ndarray,
     collapsed: np.ndarray,
     k: float,
     colour: str = BLUE,
@@ -28,7 +28,7 @@ def draw_channels(
     Args:
         ax (Axes): Where to draw.
         gamma (np.ndarray): Scales, shape (C,), no unit.
-        shift (np.ndarray): Effective shifts b, shape (C,), no unit.
+        bias (np.ndarray): Biases b, shape (C,), no unit.
         collapsed (np.ndarray): Bool, shape (C,): which channels stand out in ``colour``.
         k (float): Threshold of the region, in standard deviations.
         colour (str): Colour of the collapsed channels. Defaults to blue.
@@ -41,26 +41,26 @@ def draw_channels(
         >>> from matplotlib.figure import Figure
         >>> from psbn_mmdet.report import draw_channels
         >>> ax = Figure().subplots()
-        >>> gamma, shift = np.array([1.0, 0.1]), np.array([0.0, -0.5])
-        >>> draw_channels(ax, gamma, shift, shift + 3 * gamma <= 0, k=3)
+        >>> gamma, bias = np.array([1.0, 0.1]), np.array([0.0, -0.5])
+        >>> draw_channels(ax, gamma, bias, bias + 3 * gamma <= 0, k=3)
         >>> ax.get_ylabel()
-        'effective shift b (no unit)'
+        'bias b (no unit)'
     """
-    gamma, shift, collapsed = map(np.asarray, (gamma, shift, collapsed))
-    if not gamma.shape == shift.shape == collapsed.shape == (gamma.size,):
+    gamma, bias, collapsed = map(np.asarray, (gamma, bias, collapsed))
+    if not gamma.shape == bias.shape == collapsed.shape == (gamma.size,):
         raise ValueError(
-            'draw_channels: gamma, shift and collapsed must have one shape (C,), got '
-            f'{gamma.shape}, {shift.shape} and {collapsed.shape}'
+            'draw_channels: gamma, bias and collapsed must have one shape (C,), got '
+            f'{gamma.shape}, {bias.shape} and {collapsed.shape}'
         )
-    finite = np.isfinite(gamma) & np.isfinite(shift)
-    gamma, shift, collapsed = gamma[finite], shift[finite], collapsed[finite].astype(bool)
+    finite = np.isfinite(gamma) & np.isfinite(bias)
+    gamma, bias, collapsed = gamma[finite], bias[finite], collapsed[finite].astype(bool)
     for chosen, name, size, face in (
         (~collapsed, 'not collapsed', 7, to_rgba(GREY, 0.5)),
         (collapsed, 'collapsed', 14, to_rgba(colour)),
     ):
         ax.scatter(
             gamma[chosen],
-            shift[chosen],
+            bias[chosen],
             s=size,
             color=[face],
             linewidths=0,
@@ -69,7 +69,7 @@ def draw_channels(
             label=f'{name}: {chosen.sum():,}',
         )
     # An artist, not a patch: the region reaches far out of the picture and must not scale the axes.
-    far = 100 * float(np.abs(np.concatenate((gamma, shift, [1]))).max())
+    far = 100 * float(np.abs(np.concatenate((gamma, bias, [1]))).max())
     deep = -max(1, k) * far
     ax.add_artist(
         Polygon(
@@ -82,4 +82,4 @@ def draw_channels(
         )
     )
     ax.set_xlabel('gamma (no unit)')
-    ax.set_ylabel('effective shift b (no unit)')
+    ax.set_ylabel('bias b (no unit)')

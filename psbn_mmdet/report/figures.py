@@ -125,9 +125,9 @@ def _name_layers(ax: Axes, run: Run, named: bool) -> None:
 
 
 def channels(runs: Sequence[Run]) -> Figure | str:
-    """Gamma against the effective shift of all channels, at the start, the middle and the end."""
+    """Gamma against the bias of all channels, at the start, the middle and the end."""
     if not any(run.snapshots for run in runs):
-        return 'No snapshots of gamma and shift: this record is from before the hook kept them.'
+        return 'No snapshots of gamma and bias: this record is from before the hook kept them.'
     columns = max(len(run.snapshots) for run in runs)
     figure = Figure(figsize=(WIDTH, 1.1 + 3.1 * len(runs)), layout='constrained')
     axes = figure.subplots(len(runs), columns, sharex='col', sharey='col', squeeze=False)
@@ -135,13 +135,13 @@ def channels(runs: Sequence[Run]) -> Figure | str:
     for number, (row, run, colour) in enumerate(zip(axes, runs, COLOURS)):
         k = run.header['k']
         for index, (ax, snapshot) in enumerate(zip(row, run.snapshots)):
-            draw_channels(ax, snapshot.gamma, snapshot.shift, snapshot.collapsed, k, colour=colour)
+            draw_channels(ax, snapshot.gamma, snapshot.bias, snapshot.collapsed, k, colour=colour)
             # Always in sight: the origin, where weight decay leads to, and the region's tip.
-            deep = np.abs(snapshot.shift[np.isfinite(snapshot.shift)]).max(initial=0)
+            deep = np.abs(snapshot.bias[np.isfinite(snapshot.bias)]).max(initial=0)
             ax.update_datalim([(0, 0), (0, -deep / 4)])
             ax.autoscale_view()
-            if np.ptp(snapshot.gamma) == np.ptp(snapshot.shift) == 0:
-                place = snapshot.gamma[0], snapshot.shift[0]
+            if np.ptp(snapshot.gamma) == np.ptp(snapshot.bias) == 0:
+                place = snapshot.gamma[0], snapshot.bias[0]
                 ax.annotate('all channels', place, (-6, 0), textcoords='offset points', ha='right')
             when = 'start' if index == 0 else 'end' if index == len(run.snapshots) - 1 else 'middle'
             ax.set_title(
@@ -159,7 +159,7 @@ def channels(runs: Sequence[Run]) -> Figure | str:
             inside.append('unknown')
             continue
         end = run.snapshots[-1]
-        within = end.shift <= -k * np.abs(end.gamma)
+        within = end.bias <= -k * np.abs(end.gamma)
         inside.append(f'{(within & end.collapsed).sum():,} of {end.collapsed.sum():,}')
     region = f'non-trainable: b <= -{_same(runs, "k")} |gamma|'
     handles = [
@@ -338,8 +338,9 @@ FIGURES = {  # by the names of their files, in the order of the page
     'counts': Entry(
         counts,
         'Over time',
-        'Collapsed filters are vanished, dead or trapped. Trapped ones got no gradient in any '
-        'step since the report before; a gap means that there was no step.',
+        'Collapsed filters are vanished, dead, trapped or broken (gamma or bias is not a finite '
+        'number). Trapped ones got no gradient in any step of the window before the report; a gap '
+        'means that this was not observed.',
     ),
     'heat_map': Entry(
         heat_map,
@@ -350,8 +351,9 @@ FIGURES = {  # by the names of their files, in the order of the page
     ),
     'channels': Entry(
         channels,
-        'In the plane of gamma and shift',
-        'One point per channel, in colour if it was collapsed at the last report. In the shaded '
+        'In the plane of gamma and bias',
+        'One point per channel, in colour if it was collapsed at the last report; b is the bias '
+        'that the rectifier sees, that of BN, beta + shift of psBN. In the shaded '
         'region a rectifier right behind the layer passes next to nothing, so that no gradient '
         'comes back; where something else stands between, such as a residual addition, a channel '
         'may train there. Without a gradient weight decay alone moves it. BN stays in the region '
@@ -369,8 +371,9 @@ FIGURES = {  # by the names of their files, in the order of the page
     'stages': Entry(
         stages,
         'By stage',
-        'At the last report; "ever" counts channels over the whole run. A dash: not observed, or '
-        'no rectifier is known to follow.',
+        'At the last report; "ever" counts channels over the whole run. Unstarted filters are as '
+        'their initialisation left them, such as those that begin at gamma = 0: they have not '
+        'begun, and lost nothing. A dash: not observed, or no rectifier is known to follow.',
     ),
 }
 

@@ -36,13 +36,13 @@ class Snapshot:
     Attributes:
         iteration (int): Number of iterations done.
         gamma (np.ndarray): Shape (C,).
-        shift (np.ndarray): Effective shift, shape (C,).
+        bias (np.ndarray): The bias b that the rectifier sees, shape (C,).
         collapsed (np.ndarray): Bool, shape (C,), as of the last report.
     """
 
     iteration: int
     gamma: np.ndarray
-    shift: np.ndarray
+    bias: np.ndarray
     collapsed: np.ndarray
 
 
@@ -71,7 +71,8 @@ class Run:
         path (Path): Its record.
         header (dict): The record's header.
         iterations (np.ndarray): Shape (R,).
-        counts (dict[str, np.ndarray]): Of each kind, shape (R,), NaN where not observed.
+        counts (dict[str, np.ndarray]): Of each kind, shape (R,), NaN where not observed or, in
+            records of earlier versions, not counted yet.
         learning_rate (np.ndarray): Shape (R,).
         columns (Columns): Collapsed channels of each layer over iterations.
         last (dict): The last report.
@@ -133,7 +134,7 @@ class Run:
 
     def final(self, kind: str) -> int | None:
         """The last report's count of a kind, None if it was not observed."""
-        return self.last['total'][kind]
+        return self.last['total'].get(kind)
 
     def share_collapsed(self) -> tuple[np.ndarray, np.ndarray]:
         """The layers' shares of collapsed channels over iterations.
@@ -329,10 +330,11 @@ class _Reading:
         if not isinstance(iteration, int) or (self.iterations and iteration <= self.iterations[-1]):
             raise ValueError(f'iteration {iteration!r} does not follow the one before')
         int(report['epoch'])
-        counts = [_number(report['total'][kind]) for kind in self.counts]
+        report['total']['collapsed']
+        counts = [_number(report['total'].get(kind)) for kind in self.counts]
         rate = _number(next(iter(report['lr'].values()), None))
         for kind in self.counts:
-            layers = len(report['layers'][kind])
+            layers = len(report['layers'].get(kind, self.sizes))
             if layers != len(self.sizes):
                 raise ValueError(f'{layers} layers, the header has {len(self.sizes)}')
         self._take_channels(report, iteration)

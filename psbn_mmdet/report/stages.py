@@ -10,6 +10,7 @@ from .runs import Run
 COLUMNS = (
     'stage',
     'filters',
+    'unstarted',
     *KINDS,
     'collapsed',
     'share',
@@ -31,7 +32,7 @@ def stage_rows(run: Run) -> list[list[str]]:
     rows = []
     for stage, layers in {**run.stages, 'all': list(range(len(run.names)))}.items():
         filters = int(run.sizes[layers].sum())
-        counts = {kind: _sum(run, kind, layers) for kind in (*KINDS, 'collapsed')}
+        counts = {kind: _sum(run, kind, layers) for kind in ('unstarted', *KINDS, 'collapsed')}
         ever = [
             sum(int(mask[offsets[layer] : offsets[layer + 1]].sum()) for layer in layers)
             for mask in (run.ever_collapsed, run.ever_revived)
@@ -43,8 +44,8 @@ def stage_rows(run: Run) -> list[list[str]]:
 
 def _sum(run: Run, kind: str, layers: list[int]) -> int | None:
     """The last report's count, of the layers where it is known."""
-    known = [run.last['layers'][kind][layer] for layer in layers]
-    known = [count for count in known if count is not None]
+    counts = run.last['layers'].get(kind)  # records of earlier versions lack some kinds
+    known = [counts[layer] for layer in layers if counts and counts[layer] is not None]
     return sum(known) if known else None
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from psbn_mmdet.checkpoints import CheckpointError, read_weights
-from psbn_mmdet.collapse import census, census_of_state_dict, trace_rectifiers
+from psbn_mmdet.collapse import census_of_model, census_of_state_dict, trace_rectifiers
 from psbn_mmdet.layers import bn_to_psbn
 
 pytest.importorskip('onnx')
@@ -41,7 +41,7 @@ class Network(nn.Module):
 def test_an_exported_graph_is_audited_like_the_network(norm, dynamo, tmp_path):
     model = Network().eval()
     image = torch.randn(1, 3, 16, 16)
-    expected = census(model, rectifiers=trace_rectifiers(model, image))
+    expected = census_of_model(model, rectifiers=trace_rectifiers(model, image))
     if norm == 'psBN':
         bn_to_psbn(model)
     options = (
@@ -59,7 +59,7 @@ def test_an_exported_graph_is_audited_like_the_network(norm, dynamo, tmp_path):
     assert [layer.name for layer in found.layers] == [layer.name for layer in expected.layers]
     for layer, wanted in zip(found.layers, expected.layers):
         assert layer.rectifier == wanted.rectifier, layer.name
-        assert np.allclose(layer.shift, wanted.shift, atol=1e-6)
+        assert np.allclose(layer.bias, wanted.bias, atol=1e-6)
         assert np.array_equal(layer.vanished, wanted.vanished)
         assert (layer.dead is None) == (wanted.dead is None)
         assert layer.dead is None or np.array_equal(layer.dead, wanted.dead)

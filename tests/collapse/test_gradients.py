@@ -54,11 +54,14 @@ def test_a_window_without_a_step_is_not_observed():
     assert watch.trapped() == {} and watch.steps == 0
     optimizer.step()
     assert watch.trapped() and watch.steps == 1
-    watch.reset()
-    assert watch.trapped() == {} and watch.steps == 0
+    watch.now = 1
+    assert watch.trapped(since=1) == {}
     watch.active = False
     optimizer.step()
-    assert watch.trapped() == {}
+    assert watch.trapped(since=1) == {} and watch.steps == 1
+    watch.active = True
+    optimizer.step()
+    assert watch.trapped(since=1) and watch.steps == 2
 
 
 def test_one_step_with_gradient_is_enough():
@@ -72,6 +75,52 @@ def test_one_step_with_gradient_is_enough():
             for p in model.parameters():
                 p.grad.zero_()
         optimizer.step()
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+
+
+def test_a_window_forgets_what_was_before_it():
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0)
+    watch = GradientWatch([optimizer], find_norms(model))
+    for watch.now in range(4):
+        optimizer.zero_grad()
+        model(images()).sum().backward()
+        if watch.now >= 2:
+            model[4].weight.grad[3] = model[4].bias.grad[3] = 0
+        optimizer.step()
+
+    def trapped(since):
+        return {n: mask.nonzero()[0].tolist() for n, mask in watch.trapped(since).items()}
+
+    assert trapped(0) == trapped(1) == {'1': TRAPPED, '4': []}
+    assert trapped(2) == trapped(3) == {'1': TRAPPED, '4': [3]}
+    assert trapped(4) == {}
+    assert watch.reached()['4'].all() and not watch.reached()['1'][TRAPPED].any()
+
+
+def test_what_fails_in_reading_ends_the_watching_and_not_the_step():
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    watch = GradientWatch([optimizer], find_norms(model))
+    model(images()).sum().backward()
+    before = model[0].weight.detach().clone()
+    watch._groups[0].zeros = None  # as if memory had run out
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+    assert isinstance(watch.failure, TypeError) and watch.steps == 1
+    optimizer.step()
+    assert watch.steps == 1
+
+
+def test_parameters_on_another_device_are_read_apart():
+    model = network()
+    other = nn.BatchNorm2d(4, device='meta')
+    norms = {**find_norms(model), 'other': other}
+    watch = GradientWatch([SGD([*model.parameters(), *other.parameters()], lr=0)], norms)
+    assert [group.layers[::2] for group in watch._groups] == [['1', '4'], ['other']]
+    model(images()).sum().backward()
+    for group in watch._groups:
+        group.observe(0, None)
     assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
 
 
@@ -141,6 +190,9 @@ def test_loss_scaling_and_skipped_steps(fused):
     assert not torch.equal(model[0].weight, before)
     assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
     assert watch.steps == 1
+    watch.now = 1
+    step(float('inf'))  # what it had is no gradient that reached a filter
+    assert watch.steps == 1 and not any(mask.any() for mask in watch.reached(since=1).values())
 
 
 def test_several_optimisers_are_watched_each_by_its_own_steps():

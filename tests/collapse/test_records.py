@@ -95,8 +95,9 @@ def test_another_format_and_an_empty_file_are_rejected(path):
 
 
 def test_a_continued_record_has_the_earlier_reports(path, tmp_path):
-    earlier = read_records(path).reports[:2]
-    writer = RecordWriter(tmp_path / 'next' / 'collapse.jsonl', HEADER, earlier)
+    writer = RecordWriter(tmp_path / 'next' / 'collapse.jsonl', HEADER, path, last=100)
     writer.append(report(120))
     assert [r['iter'] for r in read_records(writer.path).reports] == [50, 100, 120]
+    assert [r['iter'] for r in read_records(path, last_of=100).reports] == [100]
+    assert read_records(path, last_of=49).reports == []
     assert [p.name for p in writer.path.parent.iterdir()] == ['collapse.jsonl']

@@ -1,4 +1,4 @@
-"""The snapshots of gamma and shift."""
+"""The snapshots of gamma and bias."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ GAMMA, SHIFT = np.array([1.0, 0.5, 1e6]), np.array([0.0, -0.1, np.nan])
 
 def test_what_is_written_is_read_to_float16s_precision(tmp_path):
     path = write_snapshot(tmp_path, 90, GAMMA, SHIFT)
-    gamma, shift = read_snapshot(path, 3)
+    gamma, bias = read_snapshot(path, 3)
     assert gamma.tolist() == [1.0, 0.5, np.inf]
-    assert shift == pytest.approx([0.0, -0.1, np.nan], abs=1e-4, nan_ok=True)
+    assert bias == pytest.approx([0.0, -0.1, np.nan], abs=1e-4, nan_ok=True)
 
 
 def test_a_snapshot_takes_four_bytes_per_channel(tmp_path):

@@ -12,8 +12,14 @@ from cifar_resnet import CifarResNet
 from torch import Tensor, nn
 
 from psbn_mmdet.checkpoints import read_weights
-from psbn_mmdet.collapse import census, census_of_state_dict, compare, trace_rectifiers
-from psbn_mmdet.layers import bn_to_psbn
+from psbn_mmdet.collapse import (
+    ASSUMED,
+    census_of_model,
+    census_of_state_dict,
+    compare,
+    trace_rectifiers,
+)
+from psbn_mmdet.layers import bn_to_psbn, find_norm_states
 
 DATA = Path(__file__).resolve().parents[3] / 'shared/data'
 # What the public checkpoints hold: filters, dead by the parameter rule, vanished.
@@ -38,32 +44,35 @@ def small() -> nn.Sequential:
 def test_the_parameters_tell_what_they_tell_in_the_network(psbn):
     model = small()
     rectifiers = trace_rectifiers(model, torch.randn(1, 3, 8, 8))
-    expected = census(model, rectifiers=rectifiers)
+    expected = census_of_model(model, rectifiers=rectifiers)
     state_dict = bn_to_psbn(model.state_dict()) if psbn else model.state_dict()
     found = census_of_state_dict(state_dict, rectifiers=rectifiers)
     assert [layer.name for layer in found.layers] == ['1', '3']
     for layer, wanted in zip(found.layers, expected.layers):
         assert layer.norm == ('psBN' if psbn else 'BN')
         assert np.array_equal(layer.gamma, wanted.gamma)
-        assert np.allclose(layer.shift, wanted.shift, atol=1e-7)
+        assert np.allclose(layer.bias, wanted.bias, atol=1e-7)
     assert found['1'].vanished.tolist() == [True, False, False, True]
     assert found['1'].dead.tolist() == [False, True, True, True]
     assert found['3'].dead is None
 
 
-def test_where_it_is_not_known_what_follows_the_rule_is_taken():
+def test_dead_is_not_known_unless_a_rectifier_is_known_or_assumed():
     found = census_of_state_dict(small().state_dict())
-    assert found['3'].rectifier is None
+    assert found['3'].rectifier is found['3'].dead is None
+    found = census_of_state_dict(small().state_dict(), rectifiers={'1': 'relu', '3': ASSUMED})
+    assert found['1'].rectified and found['3'].rectified is None
     assert found['3'].dead.tolist() == [True, False, False, False]
 
 
 def test_two_networks_are_compared_where_they_are_alike():
-    before = census_of_state_dict(small().state_dict())
+    rectifiers = {'1': 'relu'}
+    before = census_of_state_dict(small().state_dict(), rectifiers=rectifiers)
     state_dict = small().state_dict()
     state_dict['1.weight'] = torch.tensor([1.0, 1.0, 0.5, 1e-3])
     state_dict['1.bias'] = torch.tensor([-4.0, 0.0, -1.6, -0.5])
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith('3')}
-    changes = compare(before, census_of_state_dict(state_dict))
+    changes = compare(before, census_of_state_dict(state_dict, rectifiers=rectifiers))
     assert changes.keys() == {'1'}
     new, revived = changes['1']
     assert new.tolist() == [False] * 4  # channel 0 has vanished before and is dead now
@@ -104,7 +113,9 @@ def largest_after_rectifier(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def test_real_collapse_is_found(name):
     _, filters, dead, vanished = CHECKPOINTS[name]
     weights = read_weights(DATA / 'checkpoints' / name)
-    found = census_of_state_dict(weights.state_dict)
+    rectifiers = dict.fromkeys(find_norm_states(weights.state_dict), ASSUMED)
+    found = census_of_state_dict(weights.state_dict, rectifiers=rectifiers)
+    assert found.count('unstarted') == found.count('broken') == 0
     assert (found.channels, found.count('dead'), found.count('vanished')) == (
         filters,
         dead,

@@ -18,7 +18,7 @@ _base_ = './faster-rcnn_r18_fpn_psbn_demo.py'
 train_cfg = dict(max_epochs=2, val_interval=1)
 train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=16))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=8))
-custom_hooks = [dict(type='CollapseHook', interval=2)]
+custom_hooks = [dict(type='CollapseHook', interval=2, window=2)]
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1), logger=dict(interval=2))
 """
 

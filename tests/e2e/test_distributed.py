@@ -53,7 +53,8 @@ def work_dir(coco_root, tmp_path_factory):
     config.write_text(
         f'_base_ = [{str(ROOT / "demo/faster-rcnn_r18_fpn_psbn_demo.py")!r}]\n'
         "custom_imports = dict(imports=['psbn_mmdet', 'witness'], allow_failed_imports=False)\n"
-        'custom_hooks = [dict(type="CollapseHook", interval=2), dict(type="Witness", interval=2)]\n'
+        'custom_hooks = [dict(type="CollapseHook", interval=2, window=2), '
+        'dict(type="Witness", interval=2)]\n'
     )
     environment = dict(
         os.environ,

@@ -78,6 +78,7 @@ def test_a_classifier_trains_and_its_filters_are_counted(tiny_cifar10, tmp_path)
         'work_dir': str(tmp_path / 'work'),
         'train_cfg': dict(by_epoch=True, max_epochs=1, val_interval=1),
         'custom_hooks.0.interval': 2,
+        'custom_hooks.0.window': 2,
         'default_hooks.logger.interval': 1,
         'model.backbone.stem_channels': 8,
         'model.backbone.base_channels': 8,

@@ -14,7 +14,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from psbn_mmdet.collapse import census, find_norms
+from psbn_mmdet.collapse import census_of_model, find_norms
 
 COLLECTIVES = (
     'all_gather',
@@ -76,7 +76,7 @@ class Witness(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if not self.every_n_train_iters(runner, self.interval):
             return
-        found = census(runner.model.module)
+        found = census_of_model(runner.model.module)
         self.reports.append(
             dict(
                 iter=runner.iter + 1,

@@ -3,103 +3,17 @@
 import json
 import math
 import re
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.runner import Runner
+from small_run import KILLED, Classifier, channels_of, records_of, run, texts
 from torch import nn
-from torch.utils.data import Dataset
 
-from psbn_mmdet.collapse import find_snapshots, parse_ranges, read_records, read_snapshot
+from psbn_mmdet.collapse import find_snapshots, read_snapshot
 from psbn_mmdet.hooks import CollapseHook
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
-
-KILLED = {'stem.1': [0, 3, 4], 'head.1': [7]}
-
-
-class Images(Dataset):
-    """48 random images with the class that their mean tells."""
-
-    METAINFO = {}
-
-    def __len__(self):
-        return 48
-
-    def __getitem__(self, index):
-        image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(index))
-        return image, int(image.mean() > 0)
-
-
-class Classifier(BaseModel):
-    """Two blocks of convolution, norm and ReLU, and a linear layer."""
-
-    def __init__(self, norm=nn.BatchNorm2d, killed=KILLED, frozen_head=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU())
-        self.head = nn.Sequential(nn.Conv2d(8, 8, 3), norm(8), nn.ReLU())
-        self.linear = nn.Linear(8, 2)
-        for name, channels in killed.items():
-            layer = self.get_submodule(name)
-            with torch.no_grad():
-                layer.weight[channels] = 0.01
-                shift = layer.beta if isinstance(layer, PostShiftedBatchNorm2d) else layer.bias
-                shift[channels] = -1.0
-        if frozen_head:
-            self.head.requires_grad_(False)
-
-    def forward(self, images, labels, mode='tensor'):
-        logits = self.linear(self.head(self.stem(torch.stack(images))).mean((2, 3)))
-        labels = torch.as_tensor(labels)
-        return dict(loss=nn.functional.cross_entropy(logits, labels))
-
-
-def collate(batch):
-    return dict(images=[image for image, _ in batch], labels=[label for _, label in batch])
-
-
-def run(work_dir, model, *, hook=None, epochs=2, weight_decay=0.0, lr=0.01, **kwargs):
-    optim_wrapper = dict(optimizer=dict(type='SGD', lr=lr, weight_decay=weight_decay))
-    settings = dict(
-        model=model,
-        work_dir=str(work_dir),
-        train_dataloader=dict(
-            batch_size=4,
-            dataset=Images(),
-            sampler=dict(type='DefaultSampler', shuffle=True),
-            collate_fn=collate,
-        ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=optim_wrapper,
-        default_hooks=dict(logger=dict(type='LoggerHook', interval=4)),
-        custom_hooks=[dict(type='CollapseHook', interval=4, **(hook or {}))],
-        randomness=dict(seed=0),
-        experiment_name=f'test_{np.random.randint(1 << 30)}',
-    )
-    settings.update(kwargs)
-    runner = Runner(**settings)
-    runner.train()
-    return runner
-
-
-def texts(work_dir) -> str:
-    return '\n'.join(path.read_text() for path in sorted(Path(work_dir).glob('*/*.log')))
-
-
-def records_of(runner):
-    return read_records(Path(runner.log_dir) / 'collapse.jsonl')
-
-
-def channels_of(records, report, kind) -> dict:
-    return {
-        records.header['layers'][int(index)]['name']: parse_ranges(ranges, 8).nonzero()[0].tolist()
-        for index, ranges in report['channels'][kind].items()
-    }
 
 
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d, PostShiftedBatchNorm2d])
@@ -185,17 +99,20 @@ def test_a_table_by_stage_is_logged_at_each_epochs_end(tmp_path):
         for cells in (re.split(r'\s*[│┃|]\s*', line.strip('│┃| \n')) for line in table.split('\n'))
         if len(cells) > 5
     }
-    assert rows['stage'][:6] == ['filters', 'frozen', 'vanished', 'dead', 'trapped', 'collapsed']
-    assert rows['stem'][:6] == ['8', '0', '0', '3', '3', '3']
-    assert rows['head'][:6] == ['8', '8', '0', '1', '-', '1']
-    assert rows['all'][:6] == ['16', '8', '0', '4', '3', '4']
+    assert rows['stage'] == [
+        *('filters', 'frozen', 'unstarted', 'vanished', 'dead', 'trapped', 'broken', 'collapsed'),
+        *('new', 'revived'),
+    ]
+    assert rows['stem'] == ['8', '0', '0', '0', '3', '3', '0', '3', '0', '0']
+    assert rows['head'] == ['8', '8', '0', '0', '1', '-', '0', '1', '0', '0']
+    assert rows['all'] == ['16', '8', '0', '0', '4', '3', '0', '4', '0', '0']
 
 
 def test_an_epoch_without_a_report_has_a_table_too(tmp_path):
-    run(tmp_path, Classifier(), epochs=1, custom_hooks=[dict(type='CollapseHook', interval=100)])
+    run(tmp_path, Classifier(), epochs=1, hook=dict(interval=100, window=100))
     table = texts(tmp_path)
     table = table[table.index('Collapsed filters at iteration 12') :]
-    assert re.search(r'all\W+16\W+0\W+0\W+4\W+-\W+4', table)
+    assert re.search(r'all\W+16\W+0\W+0\W+0\W+4\W+-\W+0\W+4', table)
 
 
 def test_a_window_without_a_step_is_not_observed_rather_than_0(tmp_path):
@@ -210,10 +127,38 @@ def test_a_window_without_a_step_is_not_observed_rather_than_0(tmp_path):
     assert all(r['total']['new'] == r['total']['revived'] == 0 for r in records.reports)
 
 
-def test_the_window_limits_the_steps_looked_at(tmp_path):
-    records = records_of(run(tmp_path, Classifier(), epochs=1, hook=dict(window=1)))
-    assert [r['steps'] for r in records.reports] == [1, 1, 1]
-    assert channels_of(records, records.reports[-1], 'trapped') == KILLED
+class Sleeper(Classifier):
+    """The gradient of one filter of the stem is cut but in every sixth iteration."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        for param in self.stem[1].parameters():
+            param.register_hook(lambda grad: grad * (torch.arange(8) != 1) ** (self.calls % 6 != 1))
+
+    def forward(self, images, labels, mode='tensor'):
+        self.calls += 1
+        return super().forward(images, labels, mode)
+
+
+@pytest.mark.parametrize(
+    ('interval', 'window', 'trapped'),
+    [  # gradients come in iterations 1, 7, 13 and 19
+        (4, 1, [True] * 6),
+        (4, 4, [False, False, True] * 2),
+        (4, 6, [None] + [False] * 5),
+        (12, None, [None, None]),  # 50 of them are needed
+    ],
+)
+def test_the_window_is_what_no_gradient_may_have_come_in(tmp_path, interval, window, trapped):
+    records = records_of(run(tmp_path, Sleeper(), hook=dict(interval=interval, window=window)))
+    for report, wanted in zip(records.reports, trapped):
+        found = 1 in channels_of(records, report, 'trapped').get('stem.1', [])
+        assert (None if report['total']['trapped'] is None else found) == wanted
+    assert len(records.reports) == len(trapped)
+    full = f'counted from iteration {records.header["window"]} on'
+    assert (full in texts(tmp_path)) == (trapped[0] is None)
 
 
 def test_several_optimisers(tmp_path):
@@ -251,7 +196,6 @@ def test_scalars_and_stages_can_be_chosen(tmp_path):
         ('tau', -1.0),
         ('k', -2.0),
         ('window', 0),
-        ('window', 51),
         ('scalars', ['dying']),
     ],
 )
@@ -261,18 +205,197 @@ def test_arguments_out_of_range_are_refused(argument, value):
         CollapseHook(**{argument: value})
 
 
+# What has begun, and what is lost
+
+
+class FromScratch(Classifier):
+    """As MMDetection's ResNets start: the last norm's gammas are 0. One filter never begins."""
+
+    def __init__(self):
+        super().__init__(killed={})
+        nn.init.zeros_(self.head[1].weight)
+        self.head[2] = nn.Identity()
+        for param in self.head[1].parameters():
+            param.register_hook(lambda grad: grad * (torch.arange(8) != 5))
+
+
+def test_a_run_from_scratch_starts_with_nothing_collapsed(tmp_path):
+    runner = run(tmp_path, FromScratch(), hook=dict(interval=1, window=1), lr=1e-5, epochs=2)
+    records = records_of(runner)
+    assert records.reports[0]['total']['unstarted'] == 16  # no gradient came through the zeros yet
+    for report in records.reports:
+        assert report['total']['collapsed'] == report['total']['vanished'] == 0
+    assert channels_of(records, report, 'unstarted') == {'head.1': list(range(8))}
+    assert 0 < runner.model.head[1].weight.detach().abs().max() < 1e-3
+
+
+def test_a_filter_begins_with_a_gradient_and_a_gamma_above_tau(tmp_path):
+    model = FromScratch()
+    records = records_of(run(tmp_path, model, hook=dict(tau=1e-4), lr=0.5))
+    for report in records.reports:
+        assert channels_of(records, report, 'unstarted') == {'head.1': [5]}
+        assert report['total']['collapsed'] == 0
+    assert model.head[1].weight[5] == 0
+
+
+def test_what_the_first_step_kills_is_new(tmp_path):
+    class Fragile(Classifier):
+        def train_step(self, data, optim_wrapper):
+            losses = super().train_step(data, optim_wrapper)
+            with torch.no_grad():
+                self.stem[1].weight[2], self.stem[1].bias[2] = 0.01, -1.0
+            return losses
+
+    records = records_of(run(tmp_path, Fragile(killed={})))
+    assert channels_of(records, records.reports[0], 'new') == {'stem.1': [2]}
+    assert channels_of(records, records.reports[0], 'dead') == {'stem.1': [2]}
+
+
+def test_vanished_filters_of_a_checkpoint_are_counted_from_the_start(tmp_path):
+    model = Classifier(killed={})
+    nn.init.normal_(model.head[1].weight)
+    model.head[1].weight.data[:3] = 0
+    torch.save(model.state_dict(), tmp_path / 'trained.pth')
+    runner = run(
+        tmp_path / 'run', Classifier(killed={}), lr=1e-6, load_from=str(tmp_path / 'trained.pth')
+    )
+    for report in records_of(runner).reports:
+        assert channels_of(records_of(runner), report, 'vanished') == {'head.1': [0, 1, 2]}
+        assert report['total']['new'] == 0
+    assert 'unstarted' not in texts(tmp_path / 'run').split('Collapsed filters')[0]
+
+
+def test_what_is_dead_alone_and_trapped_alone_is_told_apart(tmp_path):
+    class Cut(Classifier):
+        def __init__(self):
+            super().__init__(killed={})
+            nn.init.normal_(self.stem[1].weight, 1, 0.1)
+            self.stem[1].weight.data[1] = 0.5  # opens for xhat > 2.2
+            self.stem[1].bias.data[1] = -1.1
+            for param in self.stem[1].parameters():
+                param.register_hook(lambda grad: grad * (torch.arange(8) != 6))
+
+    records = records_of(run(tmp_path, Cut(), lr=1e-6, hook=dict(interval=12, window=12, k=2)))
+    for report in records.reports:
+        assert channels_of(records, report, 'dead') == {'stem.1': [1]}
+        assert channels_of(records, report, 'trapped') == {'stem.1': [6]}
+        assert channels_of(records, report, 'collapsed') == {'stem.1': [1, 6]}
+
+
+@pytest.mark.parametrize('tensorboard', [False, True])
+def test_what_is_not_finite_is_counted_named_and_warned_of_once(tmp_path, tensorboard):
+    broken = list(range(8)) if tensorboard else [1, 3, 4]
+
+    class Breaking(Classifier):
+        calls = 0
+
+        def train_step(self, data, optim_wrapper):
+            self.head[1].weight.data.nan_to_num_(1)  # else all is NaN soon
+            losses = super().train_step(data, optim_wrapper)
+            self.calls += 1
+            if self.calls % 4 == 0:
+                self.head[1].weight.data[broken] = math.nan
+            return losses
+
+    kwargs = {}
+    if tensorboard:
+        pytest.importorskip('tensorboard')
+        kwargs['visualizer'] = dict(
+            type='Visualizer', vis_backends=[dict(type='TensorboardVisBackend')]
+        )
+    runner = run(tmp_path, Breaking(killed={}), **kwargs)
+    assert runner.iter == 24
+    records = records_of(runner)
+    for report in records.reports:
+        assert channels_of(records, report, 'broken') == {'head.1': broken}
+        assert set(broken) <= set(channels_of(records, report, 'collapsed')['head.1'])
+    line = next(x for x in texts(tmp_path).splitlines() if 'Epoch(train)' in x)
+    assert f'collapse/broken: {len(broken)}' in line
+    (warning,) = [x for x in texts(tmp_path).splitlines() if 'not a finite number' in x]
+    assert 'at iteration 4' in warning and f'{len(broken)} in head.1' in warning
+    assert 'off from iteration' not in texts(tmp_path)
+
+
+def test_a_layer_that_is_frozen_during_the_run_has_nothing_revived(tmp_path):
+    class Freezing(Classifier):
+        def __init__(self):
+            super().__init__(killed={})
+            nn.init.normal_(self.stem[1].weight, 1, 0.1)
+            for param in self.stem[1].parameters():
+                param.register_hook(lambda grad: grad * (torch.arange(8) != 6))
+            self.calls = 0
+
+        def train_step(self, data, optim_wrapper):
+            self.calls += 1
+            if self.calls in (9, 17):
+                self.stem[1].requires_grad_(self.calls == 17)
+            return super().train_step(data, optim_wrapper)
+
+    records = records_of(run(tmp_path, Freezing()))
+    assert [r['layers']['trapped'][0] for r in records.reports] == [1, 1, None, None, 1, 1]
+    for report in records.reports:
+        assert channels_of(records, report, 'collapsed') == {'stem.1': [6]}
+        assert report['total']['revived'] == 0
+    assert [r['total']['new'] for r in records.reports] == [1, 0, 0, 0, 0, 0]
+
+
+def test_what_was_trapped_stays_so_in_layers_without_a_step(tmp_path):
+    class Alternating(Classifier):
+        """Its layers are trained in turns of 4 iterations."""
+
+        calls = 0
+
+        def train_step(self, data, optim_wrapper):
+            losses = self(**data, mode='loss')
+            optim_wrapper['all'].backward(losses['loss'])
+            idle = self.head if self.calls // 4 % 2 else self.stem
+            for param in idle.parameters():
+                param.grad = None
+            self.calls += 1
+            optim_wrapper['all'].step()
+            optim_wrapper['all'].zero_grad()
+            return losses
+
+    model = Alternating()
+    wrapper = OptimWrapperDict(all=OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.001)))
+    records = records_of(run(tmp_path, model, optim_wrapper=wrapper, hook=dict(k=200)))
+    assert [r['layers']['trapped'] for r in records.reports[:3]] == [
+        [None, 1],
+        [3, None],
+        [None, 1],
+    ]
+    assert channels_of(records, records.reports[2], 'collapsed') == KILLED
+    assert all(r['total']['revived'] == 0 for r in records.reports)
+
+
+def test_a_count_that_is_no_longer_known_is_not_repeated_in_the_log(tmp_path):
+    class Stopping(Classifier):
+        calls = 0
+
+        def train_step(self, data, optim_wrapper):
+            self.calls += 1
+            if self.calls <= 4:
+                return super().train_step(data, optim_wrapper)
+            return self(**data, mode='loss')
+
+    run(tmp_path, Stopping(), epochs=1)
+    lines = [x for x in texts(tmp_path).splitlines() if 'Epoch(train)' in x]
+    assert ['collapse/trapped' in line for line in lines] == [True, False, False]
+    assert ['collapse/dead' in line for line in lines] == [True, True, True]
+
+
 # Snapshots
 
 
-def test_gamma_and_shift_are_kept_at_the_start_after_each_epoch_and_at_the_end(tmp_path):
+def test_gamma_and_bias_are_kept_at_the_start_after_each_epoch_and_at_the_end(tmp_path):
     model = Classifier(PostShiftedBatchNorm2d)
     runner = run(tmp_path, model, epochs=2, weight_decay=0.1)
     found = find_snapshots(runner.log_dir)
     assert list(found) == [0, 12, 24]
-    gamma, shift = read_snapshot(found[0], 16)
+    gamma, bias = read_snapshot(found[0], 16)
     killed = [0, 3, 4, 8 + 7]  # the head's channels follow the stem's
     assert gamma[killed] == pytest.approx(0.01, abs=1e-5)
-    assert shift[killed] == pytest.approx(-0.9, abs=1e-3)  # beta -1, shift 0.1
+    assert bias[killed] == pytest.approx(-0.9, abs=1e-3)  # beta -1, shift 0.1
     for values, what in zip(read_snapshot(found[24], 16), ('weight', 'bias')):
         norms = torch.cat([getattr(model.stem[1], what), getattr(model.head[1], what)])
         assert values == pytest.approx(norms.detach().numpy(), rel=1e-3)
@@ -282,66 +405,6 @@ def test_a_loop_without_epochs_keeps_start_and_end(tmp_path):
     cfg = dict(by_epoch=False, max_iters=10)
     runner = run(tmp_path, Classifier(), train_cfg=cfg)
     assert list(find_snapshots(runner.log_dir)) == [0, 10]
-
-
-# Resume
-
-
-def resumable(tmp_path, epochs, **kwargs):
-    time.sleep(1)  # log folders are named by the second
-    default_hooks = dict(
-        logger=dict(type='LoggerHook', interval=4),
-        checkpoint=dict(type='CheckpointHook', interval=1),
-    )
-    return run(
-        tmp_path,
-        Classifier(PostShiftedBatchNorm2d),
-        epochs=epochs,
-        lr=0.1,
-        weight_decay=0.5,
-        default_hooks=default_hooks,
-        **kwargs,
-    )
-
-
-def test_resume_continues_the_record_without_repeating_an_iteration(tmp_path):
-    whole = records_of(resumable(tmp_path / 'whole', 5))
-    first = resumable(tmp_path / 'run', 3)
-    # killed in the third epoch: the checkpoint of the second is the last
-    (tmp_path / 'run/last_checkpoint').write_text(str(tmp_path / 'run/epoch_2.pth'))
-    with open(Path(first.log_dir) / 'collapse.jsonl', 'a') as file:
-        file.write('{"iter": 40, "to')
-    second = resumable(tmp_path / 'run', 5, resume=True)
-    assert second.log_dir != first.log_dir
-    resumed = records_of(second)
-    assert [r['iter'] for r in resumed.reports] == [r['iter'] for r in whole.reports]
-    assert list(find_snapshots(second.log_dir)) == [0, 12, 24, 36, 48, 60]
-    earlier = Path(second.log_dir) / resumed.header['continues']
-    assert earlier.resolve() == Path(first.log_dir).resolve()
-    assert whole.header['continues'] is None
-    start = [find_snapshots(run.log_dir)[0].read_bytes() for run in (first, second)]
-    assert start[0] == start[1]
-    for a, b in zip(resumed.reports, whole.reports):
-        assert a['channels']['collapsed'] == b['channels']['collapsed'], a['iter']
-        assert a['total']['revived'] == b['total']['revived'], a['iter']
-
-
-def test_a_new_run_in_the_same_work_dir_starts_its_own_record(tmp_path):
-    resumable(tmp_path, 1)
-    second = resumable(tmp_path, 1)
-    assert [r['iter'] for r in records_of(second).reports] == [4, 8, 12]
-    assert len(list(tmp_path.glob('*/collapse.jsonl'))) == 2
-
-
-def test_a_damaged_record_is_left_alone_and_said(tmp_path):
-    first = resumable(tmp_path, 1)
-    path = Path(first.log_dir) / 'collapse.jsonl'
-    damaged = path.read_text().replace('"iter"', 'iter', 1)
-    path.write_text(damaged)
-    second = resumable(tmp_path, 2, resume=True)
-    assert [r['iter'] for r in records_of(second).reports] == [16, 20, 24]
-    assert path.read_text() == damaged
-    assert 'line 2 is damaged' in texts(tmp_path)
 
 
 # Warnings and refusals
@@ -504,7 +567,7 @@ def test_tensorboard_has_curves_and_histograms_by_stage(tmp_path):
     for stage, collapsed in (('stem', 3), ('head', 1)):
         points = events.Scalars(f'collapsed/{stage}')
         assert [(point.step, point.value) for point in points] == [(12, collapsed), (24, collapsed)]
-        (_, last) = events.Histograms(f'shift/{stage}')
+        (_, last) = events.Histograms(f'bias/{stage}')
         assert last.step == 24 and last.histogram_value.num == 8
         assert last.histogram_value.min == pytest.approx(-0.9, abs=0.01)  # beta -1, shift 0.1
         (_, last) = events.Histograms(f'gamma/{stage}')

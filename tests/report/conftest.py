@@ -91,8 +91,8 @@ def write_run() -> Callable[..., Path]:
             writer.append(report | dict(steps=50) | body)
         rng = np.random.default_rng(0)
         for iteration in snapshots:
-            gamma, shift = rng.normal(0.3, 0.1, channels), rng.normal(0, 0.2, channels)
-            write_snapshot(folder, iteration, gamma, shift)
+            gamma, bias = rng.normal(0.3, 0.1, channels), rng.normal(0, 0.2, channels)
+            write_snapshot(folder, iteration, gamma, bias)
         if scores:
             log_scores(folder, scores)
         return work_dir

@@ -1,4 +1,4 @@
-"""Gamma against the effective shift."""
+"""Gamma against the bias."""
 
 import numpy as np
 import pytest
@@ -10,18 +10,18 @@ from psbn_mmdet.report import draw_channels
 YELLOW = np.array([0xF0, 0xE4, 0x42])
 
 
-def draw(gamma, shift, collapsed, k=3.0, **kwargs):
+def draw(gamma, bias, collapsed, k=3.0, **kwargs):
     figure = Figure(figsize=(4, 4))
     canvas = FigureCanvasAgg(figure)
     ax = figure.subplots()
-    draw_channels(ax, np.array(gamma), np.array(shift), np.array(collapsed, bool), k, **kwargs)
+    draw_channels(ax, np.array(gamma), np.array(bias), np.array(collapsed, bool), k, **kwargs)
     canvas.draw()
     return ax, np.asarray(canvas.buffer_rgba())[..., :3].astype(float)
 
 
-def shaded(ax, picture, gamma, shift) -> bool:
+def shaded(ax, picture, gamma, bias) -> bool:
     """Whether the picture is yellowish at a place of the axes."""
-    x, y = ax.transData.transform((gamma, shift))
+    x, y = ax.transData.transform((gamma, bias))
     red, _, blue = picture[round(picture.shape[0] - y), round(x)]
     return red - blue > 40
 
@@ -57,10 +57,10 @@ def test_the_region_does_not_scale_the_axes():
 
 
 @pytest.mark.parametrize(
-    ('gamma', 'shift'), [([], []), ([np.nan], [0.0]), ([1.0, np.inf], [0.0, -np.inf])]
+    ('gamma', 'bias'), [([], []), ([np.nan], [0.0]), ([1.0, np.inf], [0.0, -np.inf])]
 )
-def test_no_channel_or_no_number_is_no_error(gamma, shift):
-    ax, _ = draw(gamma, shift, [True] * len(gamma))
+def test_no_channel_or_no_number_is_no_error(gamma, bias):
+    ax, _ = draw(gamma, bias, [True] * len(gamma))
     assert len(ax.collections[1].get_offsets()) == np.isfinite(gamma).sum()
 
 

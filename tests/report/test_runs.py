@@ -98,7 +98,7 @@ def test_snapshots_of_start_middle_and_end_know_who_was_collapsed(tmp_path, writ
     run = read_run(work_dir, 'BN')
     assert [s.iteration for s in run.snapshots] == [0, 110, 220]
     assert [s.collapsed.nonzero()[0].tolist() for s in run.snapshots] == [[], [1, 2], [2, 3]]
-    assert run.snapshots[0].gamma.shape == run.snapshots[0].shift.shape == (160,)
+    assert run.snapshots[0].gamma.shape == run.snapshots[0].bias.shape == (160,)
 
 
 @pytest.mark.parametrize(('found', 'expected'), [([], []), ([0], [0]), ([0, 90], [0, 90])])

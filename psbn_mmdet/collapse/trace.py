@@ -40,7 +40,12 @@ class RectifierTrace(TorchDispatchMode):
     """Watch the BN layers of a network in the forward passes made inside the ``with`` block.
 
     The network is left as it was: nothing is computed besides what the pass computes anyway, and
-    the forward hooks on the layers are gone at the block's end.
+    the forward hooks on the layers are gone at the block's end. It may be entered again; what was
+    seen before is kept. What fails in the watching itself is kept in ``failure`` and ends it,
+    never the pass.
+
+    A layer's output is what torch's batch normalisation returns while the layer's ``forward``
+    runs. So an activation inside the layer, as in timm's ``BatchNormAct2d``, is seen as well.
 
     Args:
         model (nn.Module): The network.
@@ -49,6 +54,8 @@ class RectifierTrace(TorchDispatchMode):
         rectifiers (dict[str, str]): For each BN layer that ran: 'relu' if all its readers are
             rectifiers that are zero below zero (ReLU, ReLU6, clamp(min=0)), 'leaky_relu' if they
             are rectifiers and at least one is a LeakyReLU, else 'other'.
+        unknown (dict[str, str]): Why it is not known what follows the other layers.
+        failure (Exception, optional): What ended the watching.
 
     Examples:
         >>> with RectifierTrace(model) as trace:
@@ -57,11 +64,16 @@ class RectifierTrace(TorchDispatchMode):
         'relu'
     """
 
+    supports_higher_order_operators = True  # such as flex_attention
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.failure: Exception | None = None
         self._norms = find_norms(model)
+        self._ran: set[str] = set()
         self._readers: dict[str, set[str]] = {}
         self._outputs = WeakTensorKeyDictionary()
+        self._running: list[str] = []  # the layers whose forward is under way
         self._handles: list = []
 
     @property
@@ -69,9 +81,23 @@ class RectifierTrace(TorchDispatchMode):
         """What follows each layer that ran."""
         return {layer: what_follows(readers) for layer, readers in self._readers.items()}
 
+    @property
+    def unknown(self) -> dict[str, str]:
+        """Why it is not known what follows the other layers."""
+        return {
+            name: f'{type(norm).__name__} runs no batch normalisation of torch'
+            if name in self._ran
+            else 'did not run'
+            for name, norm in self._norms.items()
+            if name not in self._readers
+        }
+
     def __enter__(self) -> RectifierTrace:
         for name, norm in self._norms.items():
-            self._handles.append(norm.register_forward_hook(self._hook(name)))
+            self._handles += [
+                norm.register_forward_pre_hook(self._hook(name, enters=True)),
+                norm.register_forward_hook(self._hook(name, enters=False), always_call=True),
+            ]
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
@@ -79,27 +105,58 @@ class RectifierTrace(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._running.clear()
         self._outputs.clear()
 
-    def _hook(self, name: str) -> Callable:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._readers.setdefault(name, set())
-            self._outputs[output] = _Output(name, output.numel())
+    def _hook(self, name: str, enters: bool) -> Callable:
+        def hook(*args: Any) -> None:
+            if enters:
+                self._ran.add(name)
+                self._running.append(name)
+            elif self._running:
+                self._running.pop()
 
         return hook
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        read = [
-            (tensor, self._outputs[tensor])
-            for tensor in tree_flatten((args, kwargs))[0]
-            if isinstance(tensor, Tensor) and tensor in self._outputs
-        ]
+        # What the backward pass reads tells nothing of what follows a layer.
+        if self.failure is not None or torch._C._current_graph_task_id() != -1:
+            return func(*args, **kwargs)
+        try:
+            read = self._outputs_in((args, kwargs))
+        except Exception as error:
+            self.failure = error
+            read = []
         result = func(*args, **kwargs)
+        if self.failure is None and (read or self._running):
+            try:
+                self._note(func, args, kwargs, read, result)
+            except Exception as error:
+                self.failure = error
+        return result
+
+    def _outputs_in(self, values: Any) -> list[tuple[Tensor, _Output]]:
+        return [
+            (value, self._outputs[value])
+            for value in tree_flatten(values)[0]
+            if isinstance(value, Tensor) and value in self._outputs
+        ]
+
+    def _note(self, func: Any, args: tuple, kwargs: dict, read: list, result: Any) -> None:
+        """Note which outputs an operation has read, and of which it returns a part or a copy."""
+        if not hasattr(func, '_schema'):  # an operator of higher order
+            for _, output in read:
+                self._readers[output.layer].add('other')
+            return
         operation = func._schema.name.split('::')[1]
-        if not read or operation in _META or operation.startswith('new_'):
-            return result
         returns = [value for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
+        if self._running and 'batch_norm' in operation and returns[0].shape == args[0].shape:
+            layer = self._running[-1]
+            self._readers.setdefault(layer, set())
+            self._outputs[returns[0]] = _Output(layer, returns[0].numel())
+        if not read or operation in _META or operation.startswith('new_'):
+            return
         aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
         in_place = any(alias.is_write for alias in aliases)
         copied = operation in _COPIES
@@ -107,50 +164,82 @@ class RectifierTrace(TorchDispatchMode):
             for _, output in read:
                 for value in returns:
                     self._outputs[value] = replace(output) if copied else output
-            return result
+            return
         for tensor, output in read:
             if output.unread > 0:
                 reader = _rectifier(operation, args, kwargs) if tensor is args[0] else 'other'
                 self._readers[output.layer].add(reader)
             if in_place and tensor is args[0]:
                 output.unread -= tensor.numel()
-        return result
 
 
-class ForwardTrace:
-    """Watch the forward passes of a network that are made elsewhere, until :meth:`close`.
+class StepTrace:
+    """Watch the first training steps of a network, until each BN layer has run.
 
-    Compiled parts of the network run uncompiled meanwhile, where torch can do that.
+    The model's ``train_step`` is replaced meanwhile, on this object alone: whatever way it takes
+    through the network is seen, and an exception in it leaves nothing behind. Compiled parts of
+    the network run uncompiled in these steps, where torch can do that.
 
     Args:
-        model (nn.Module): The network whose calls are watched.
+        model (nn.Module): Whose ``train_step`` is called, such as a DDP wrapper.
+        network (nn.Module): What is watched: the model itself, or what it wraps.
+        bound (int): The most steps to watch. Defaults to 20.
+
+    Attributes:
+        active (bool): Whether steps are still watched.
+        rectifiers (dict[str, str]): See :class:`RectifierTrace`.
+        unknown (dict[str, str]): See :class:`RectifierTrace`.
+        failure (Exception, optional): See :class:`RectifierTrace`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._trace = RectifierTrace(model)
-        self._stack = ExitStack()
-        if hasattr(torch.compiler, 'set_stance'):
-            self._stack.enter_context(torch.compiler.set_stance('force_eager'))
-        for handle in (
-            model.register_forward_pre_hook(self._enter),
-            model.register_forward_hook(self._exit, always_call=True),
-        ):
-            self._stack.callback(handle.remove)
+    def __init__(self, model: nn.Module, network: nn.Module, bound: int = 20) -> None:
+        self._trace = RectifierTrace(network)
+        self._model: Any = model
+        self._train_step = self._model.train_step
+        self._was_own = 'train_step' in vars(model)  # as where MMEngine has compiled it
+        self._steps = 0
+        self._bound = bound
+        self.active = True
+        self._model.train_step = self._watched
 
     @property
     def rectifiers(self) -> dict[str, str]:
-        """What follows each layer, see :attr:`RectifierTrace.rectifiers`."""
+        """What follows each layer that ran."""
         return self._trace.rectifiers
 
+    @property
+    def unknown(self) -> dict[str, str]:
+        """Why it is not known what follows the other layers."""
+        return {
+            name: f'{why} in {self._steps} iterations' if why == 'did not run' else why
+            for name, why in self._trace.unknown.items()
+        }
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the watching."""
+        return self._trace.failure
+
     def close(self) -> None:
-        """Leave the network as it was."""
-        self._stack.close()
+        """Watch no more."""
+        if not self.active:
+            return
+        self.active = False
+        if self._was_own:
+            self._model.train_step = self._train_step
+        else:
+            del self._model.train_step
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        self._trace.__enter__()
-
-    def _exit(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._trace.__exit__(None, None, None)
+    def _watched(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            if hasattr(torch.compiler, 'set_stance'):
+                stack.enter_context(torch.compiler.set_stance('force_eager'))
+            stack.enter_context(self._trace)
+            result = self._train_step(*args, **kwargs)
+        self._steps += 1
+        if not self._trace.unknown or self.failure is not None or self._steps >= self._bound:
+            self.close()
+        return result
 
 
 def what_follows(readers: set[str]) -> str:
@@ -222,6 +311,8 @@ def trace_rectifiers(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str,
         finally:
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+    if trace.failure is not None:
+        raise trace.failure
     return trace.rectifiers
 
 

@@ -12,7 +12,7 @@ from mmdet.models import backbones as zoo
 from mmdet.models.necks import FPN
 from torch import nn
 
-from psbn_mmdet.collapse import ForwardTrace, RectifierTrace, census, trace_rectifiers
+from psbn_mmdet.collapse import RectifierTrace, StepTrace, census_of_model, trace_rectifiers
 from psbn_mmdet.layers import PostShiftedBatchNorm2d, bn_to_psbn
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -255,43 +255,184 @@ def test_autocast_does_not_hide_the_rectifier():
         assert trace_rectifiers(model, IMAGE) == {'1': 'relu'}
 
 
+class BatchNormAct(nn.BatchNorm2d):
+    """Norm and activation in one, as timm's BatchNormAct2d."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize(('act', 'expected'), [(F.relu, 'relu'), (F.silu, 'other')])
+def test_an_activation_inside_the_layer_is_seen(act, expected):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4, act), nn.Conv2d(4, 4, 1))
+    assert trace_rectifiers(model, IMAGE) == {'1': expected}
+
+
+class Foreign(nn.BatchNorm2d):
+    def forward(self, x):
+        return x * self.weight[:, None, None]
+
+
+# Training steps
+
+
+class Stepping(nn.Module):
+    """A model whose training step calls what it is told to."""
+
+    def __init__(self, *layers, step=None):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), *layers)
+        self.step = step or (lambda model, x: model(x).sum().backward())
+        self.calls = 0
+
+    def forward(self, x):
+        return self.net(x)
+
+    def train_step(self, x):
+        self.calls += 1
+        return self.step(self, x)
+
+
+def watched(model, steps=1, **kwargs):
+    trace = StepTrace(model, model, **kwargs)
+    for _ in range(steps):
+        model.train_step(IMAGE)
+    return trace
+
+
+def nothing_is_left(model):
+    stance = getattr(torch._dynamo.eval_frame, '_stance', None)
+    return (
+        not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        and torch.utils._python_dispatch._get_current_dispatch_mode() is None
+        and (stance is None or stance.stance == 'default')
+    )
+
+
+def test_a_step_is_watched_once_if_all_layers_run_and_its_backward_is_not():
+    # The backward of LeakyReLU reads the BN's output again, and so does that of clamp.
+    model = Stepping(nn.BatchNorm2d(4), nn.LeakyReLU(), nn.BatchNorm2d(4))
+    model.net.append(After(lambda x: x.clamp(min=0)))
+    trace = watched(model)
+    assert trace.rectifiers == {'net.1': 'leaky_relu', 'net.3': 'other', 'net.4.norm': 'relu'}
+    assert not trace.active and trace.unknown == {} and trace.failure is None
+    assert 'train_step' not in vars(model) and nothing_is_left(model)
+
+
 def test_activation_checkpointing_does_not_hide_the_rectifier():
-    model = zoo.ResNet(18, base_channels=8, with_cp=True, frozen_stages=-1, norm_eval=False)
-    trace = ForwardTrace(model)
-    sum(x.sum() for x in model(IMAGE.clone().requires_grad_())).backward()
+    network = zoo.ResNet(18, base_channels=8, with_cp=True, frozen_stages=-1, norm_eval=False)
+    network.train_step = lambda x: sum(y.sum() for y in network(x.requires_grad_())).backward()
+    trace = StepTrace(network, network)
+    network.train_step(IMAGE.clone())
+    assert trace.rectifiers == expected_of(network, ends('bn1'))
+
+
+def test_a_step_that_does_not_go_through_forward_is_seen():
+    model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), step=lambda model, x: model.net(x).sum())
+    assert watched(model).rectifiers == {'net.1': 'relu'}
+
+
+def test_a_forward_that_calls_the_model_again_is_seen_to_its_end():
+    class Again(Stepping):
+        def forward(self, x, again=True):
+            if again:
+                self(x, again=False)
+            return super().forward(x)
+
+    model = Again(nn.BatchNorm2d(4), After(F.relu))
+    assert watched(model).rectifiers == {'net.1': 'other', 'net.2.norm': 'relu'}
+
+
+def test_a_layer_that_is_idle_at_first_is_waited_for():
+    model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())
+    model.step = lambda model, x: (model.net if model.calls == 3 else model.net[:3])(x).sum()
+    trace = watched(model, 2)
+    assert trace.active and trace.unknown == {'net.3': 'did not run in 2 iterations'}
+    assert trace.rectifiers == {'net.1': 'relu'}
+    model.train_step(IMAGE)
+    assert trace.rectifiers == {'net.1': 'relu', 'net.3': 'relu'} and not trace.active
+
+
+def test_layers_that_stay_unknown_are_named_with_the_reason():
+    model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), Foreign(4), nn.ReLU())
+    model.idle = nn.BatchNorm2d(4)
+    trace = watched(model, 5, bound=4)
+    assert not trace.active and trace.rectifiers == {'net.1': 'relu'}
+    assert trace.unknown == {
+        'net.3': 'Foreign runs no batch normalisation of torch',
+        'idle': 'did not run in 4 iterations',
+    }
+    assert nothing_is_left(model)
+
+
+@pytest.mark.parametrize('where', ['forward', 'loss', 'backward'])
+def test_a_step_that_fails_leaves_nothing_behind(where):
+    def fail(*args):
+        raise RuntimeError('out of memory')
+
+    def step(model, x):
+        if where == 'forward':
+            model.net[2].register_forward_hook(fail)
+        y = model(x).sum()
+        if where == 'loss':
+            fail()
+        y.register_hook(fail)
+        y.backward()
+
+    model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), step=step)
+    trace = StepTrace(model, model)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        model.train_step(IMAGE)
+    model.net[2]._forward_hooks.clear()
+    assert nothing_is_left(model)
     trace.close()
-    assert trace.rectifiers == expected_of(model, ends('bn1'))
-
-
-def test_forward_trace_watches_forward_passes_only_and_detaches():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU())
-    trace = ForwardTrace(model)
-    model(IMAGE).sum().backward()  # the backward of LeakyReLU reads the BN's output again
     trace.close()
-    assert trace.rectifiers == {'1': 'leaky_relu'}
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert 'train_step' not in vars(model)
 
 
-def test_forward_trace_lets_go_when_the_pass_fails():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    trace = ForwardTrace(model)
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, 5, 8, 8))
-    model(IMAGE)
-    trace.close()
-    assert trace.rectifiers == {'1': 'relu'}
-    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+def test_what_fails_in_the_watching_ends_it_and_not_the_step(monkeypatch):
+    def fail(*args):
+        raise KeyError('of ours')
+
+    monkeypatch.setattr(RectifierTrace, '_note', fail)
+    model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), step=lambda model, x: model(x).sum().item())
+    expected = model.step(model, IMAGE)
+    trace = StepTrace(model, model)
+    assert model.train_step(IMAGE) == expected
+    assert isinstance(trace.failure, KeyError) and not trace.active and nothing_is_left(model)
+    with pytest.raises(KeyError):
+        trace_rectifiers(model, IMAGE)
+
+
+def test_operators_of_higher_order_are_let_through():
+    attention = pytest.importorskip('torch.nn.attention.flex_attention')
+
+    def attend(x):
+        tokens = x.detach().flatten(2)[:, None]
+        return attention.flex_attention(tokens, tokens, tokens)
+
+    model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), After(attend))
+    model.step = lambda model, x: model(x).sum().item()
+    expected = model.step(model, IMAGE)
+    trace = StepTrace(model, model)
+    assert model.train_step(IMAGE) == expected
+    assert trace.failure is None
+    assert trace.rectifiers == {'net.1': 'relu', 'net.3': 'other', 'net.4.norm': 'other'}
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='needs torch >= 2.6')
-def test_forward_trace_sees_through_torch_compile():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    compiled = torch.compile(lambda x: model(x).sum(), backend='aot_eager')
-    trace = ForwardTrace(model)
-    compiled(IMAGE).backward()
-    trace.close()
-    assert trace.rectifiers == {'1': 'relu'}
-    compiled(IMAGE).backward()  # and compiles afterwards
+def test_a_compiled_step_is_watched_uncompiled():
+    model = Stepping(nn.BatchNorm2d(4), nn.ReLU())
+    compiled = torch.compile(model.train_step, backend='aot_eager')
+    model.train_step = compiled  # as MMEngine does
+    trace = watched(model)
+    assert trace.rectifiers == {'net.1': 'relu'}
+    assert model.train_step is compiled and nothing_is_left(model)
+    model.train_step(IMAGE)  # and compiles afterwards
 
 
 def test_census_predicts_dead_only_before_rectifiers():
@@ -301,7 +442,7 @@ def test_census_predicts_dead_only_before_rectifiers():
         block.norm.bias.data.copy_(torch.tensor([-1.0, -0.31, -0.29, 0.0]))
     rectifiers = trace_rectifiers(model, torch.randn(2, 4, 6, 6))
     del rectifiers['3.norm']
-    layers = census(model, rectifiers=rectifiers).layers
+    layers = census_of_model(model, rectifiers=rectifiers).layers
     assert [None if x.dead is None else x.dead.tolist() for x in layers] == [
         [True, True, False, False],
         [True, True, False, False],

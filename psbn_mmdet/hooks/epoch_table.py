@@ -1,0 +1,62 @@
+"""The table by stage that is logged at an epoch's end."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+from ..collapse import KINDS, Census
+from .history import Report, add, report_of
+
+COLUMNS = ('unstarted', *KINDS, 'collapsed')
+FOOT = (
+    'new, revived: in this epoch; -: not observed; unstarted: as initialised, has not begun; '
+    'collapsed: vanished, dead, trapped or broken'
+)
+
+
+class EpochTable:
+    """Counts of one epoch: the last ones stand, new and revived add up."""
+
+    def __init__(self) -> None:
+        self._last: Report | None = None
+        self._iteration = 0
+        self._changes: dict[str, dict[str, int]] = {'new': {}, 'revived': {}}
+
+    def add(self, iteration: int, report: Report) -> None:
+        """Take a report in."""
+        self._last, self._iteration = report, iteration
+        for kind, sums in self._changes.items():
+            for stage, count in report.by_stage(kind).items():
+                sums[stage] = sums.get(stage, 0) + (count or 0)
+
+    def render(self, iteration: int, now: Census) -> str:
+        """The table as text.
+
+        Args:
+            iteration (int): The iteration it is now.
+            now (Census): What the parameters tell now, for an epoch without a report.
+        """
+        report, iteration = self._last or report_of(now), self._iteration or iteration
+        columns = {kind: report.by_stage(kind) for kind in COLUMNS}
+        columns |= {kind: dict(sums) for kind, sums in self._changes.items()}
+        table = Table(title=f'Collapsed filters at iteration {iteration}')
+        table.add_column('stage', no_wrap=True)
+        for name in ('filters', 'frozen', *columns):
+            table.add_column(name, justify='right')
+        stages = report.census.stages()
+        for stage, part in stages.items():
+            counts = [values.get(stage) for values in columns.values()]
+            table.add_row(stage, *map(_cell, [part.channels, part.frozen, *counts]))
+        table.add_section()
+        sums = [add([values.get(stage) for stage in stages]) for values in columns.values()]
+        table.add_row('all', *map(_cell, [report.census.channels, report.census.frozen, *sums]))
+        text = io.StringIO()
+        Console(file=text, width=120).print(table)
+        return f'\n{text.getvalue().rstrip()}\n{FOOT}'
+
+
+def _cell(count: int | None) -> str:
+    return '-' if count is None else str(count)

@@ -1,0 +1,150 @@
+"""What the reports of a run find: one by one, each compared with the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..collapse import KINDS, Census, Records, format_ranges
+
+COUNTS = (*KINDS, 'collapsed', 'new', 'revived', 'unstarted')
+
+
+@dataclass(frozen=True)
+class Report:
+    """The channels of each kind.
+
+    Attributes:
+        census (Census): What they were judged by.
+        masks (dict[str, list[np.ndarray | None]]): By kind, a bool mask of shape (C,) for each
+            layer of the census, None where it is not known.
+    """
+
+    census: Census
+    masks: dict[str, list[np.ndarray | None]]
+
+    @property
+    def counts(self) -> dict[str, list[int | None]]:
+        """By kind, the number in each layer."""
+        return {
+            kind: [None if mask is None else int(mask.sum()) for mask in masks]
+            for kind, masks in self.masks.items()
+        }
+
+    @property
+    def total(self) -> dict[str, int | None]:
+        """By kind, the number in all layers."""
+        return {kind: add(counts) for kind, counts in self.counts.items()}
+
+    def by_stage(self, kind: str) -> dict[str, int | None]:
+        """The numbers of a kind in the stages of the network."""
+        stages: dict[str, list[int | None]] = {}
+        for layer, count in zip(self.census.layers, self.counts[kind]):
+            stages.setdefault(layer.stage, []).append(count)
+        return {stage: add(counts) for stage, counts in stages.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts and channels, as they stand in the record."""
+        return {
+            'total': self.total,
+            'layers': self.counts,
+            'channels': {
+                kind: {
+                    str(index): format_ranges(mask)
+                    for index, mask in enumerate(masks)
+                    if mask is not None and mask.any()
+                }
+                for kind, masks in self.masks.items()
+            },
+        }
+
+
+def report_of(census: Census) -> Report:
+    """What a census tells by itself."""
+    kinds = (*KINDS, 'collapsed', 'unstarted')
+    return Report(census, {k: [getattr(layer, k) for layer in census.layers] for k in kinds})
+
+
+class History:
+    """What was found so far, by layer.
+
+    Args:
+        start (Census): Of the start, with the filters that are unstarted.
+        records (Records, optional): The record of the run that is continued; its last report is
+            where this one goes on. Defaults to None.
+
+    Attributes:
+        collapsed (dict[str, np.ndarray]): Collapsed channels at the last report; empty before.
+        unstarted (dict[str, np.ndarray]): Channels that have not begun.
+    """
+
+    def __init__(self, start: Census, records: Records | None = None) -> None:
+        self._start = start
+        self._rectifiers: set[str] = set()  # layers for which they were known at the last report
+        self._trapped: dict[str, np.ndarray] = {}  # as last observed
+        self.collapsed: dict[str, np.ndarray] = {}
+        self.unstarted = {layer.name: layer.unstarted for layer in start.layers}
+        if records is not None and records.reports:
+            self._restore(records, records.reports[-1])
+
+    def add(
+        self,
+        now: Census,
+        rectifiers: Mapping[str, str],
+        trapped: Mapping[str, np.ndarray],
+        reached: Mapping[str, np.ndarray],
+    ) -> Report:
+        """Find what is so now, and what has changed.
+
+        Args:
+            now (Census): Of the same layers as at the start.
+            rectifiers (Mapping[str, str]): What follows each layer, as far as it is known.
+            trapped (Mapping[str, np.ndarray]): Trapped channels of the layers that were observed.
+            reached (Mapping[str, np.ndarray]): Channels that a gradient has reached since the
+                start.
+
+        Returns:
+            Report: Of all kinds.
+        """
+        for layer in now.layers:
+            begins = reached.get(layer.name, False) & (np.abs(layer.gamma) > now.tau)
+            self.unstarted[layer.name] = self.unstarted[layer.name] & ~begins
+        now = now.judged(rectifiers, trapped, self.unstarted)
+        start = self._start.judged(rectifiers)
+        report = report_of(now)
+        report.masks.update(collapsed=[], new=[], revived=[])
+        for layer, first in zip(now.layers, start.layers):
+            name = layer.name
+            if layer.trapped is not None:
+                self._trapped[name] = layer.trapped
+            # Where nothing was observed, in a window without steps or a layer that was frozen
+            # meanwhile, what was trapped is taken to be so still.
+            collapsed = layer.collapsed | (self._trapped.get(name, False) & ~layer.unstarted)
+            before = self.collapsed.get(name, first.collapsed)
+            if first.dead is not None and name not in self._rectifiers:
+                before = before | first.dead  # only now it is known
+            report.masks['collapsed'].append(collapsed)
+            report.masks['new'].append(collapsed & ~before)
+            report.masks['revived'].append(~collapsed & before)
+            self.collapsed[name] = collapsed
+        self._rectifiers = set(rectifiers)
+        report.masks['unstarted'] = report.masks.pop('unstarted')  # the last, as in COUNTS
+        return report
+
+    def _restore(self, records: Records, report: dict[str, Any]) -> None:
+        for index, layer in enumerate(records.header['layers']):
+            name = layer['name']
+            self.collapsed[name] = records.mask(report, 'collapsed', index)
+            self._trapped[name] = records.mask(report, 'trapped', index)
+            if report['layers']['trapped'][index] is None:  # then it is what makes up the rest
+                known = [records.mask(report, kind, index) for kind in KINDS if kind != 'trapped']
+                self._trapped[name] = self.collapsed[name] & ~np.logical_or.reduce(known)
+
+
+def add(counts: list[int | None]) -> int | None:
+    """Sum of what is known, None if nothing is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None

@@ -1,0 +1,153 @@
+"""Which record a resumed run continues."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import Classifier, records_of, run, texts
+from torch import nn
+
+from psbn_mmdet.collapse import find_snapshots
+from psbn_mmdet.layers import PostShiftedBatchNorm2d
+
+
+def resumable(tmp_path, epochs, **kwargs):
+    time.sleep(1)  # log folders are named by the second
+    default_hooks = dict(
+        logger=dict(type='LoggerHook', interval=4),
+        checkpoint=dict(type='CheckpointHook', interval=1),
+    )
+    settings = dict(epochs=epochs, lr=0.1, weight_decay=0.5, default_hooks=default_hooks)
+    return run(tmp_path, Classifier(PostShiftedBatchNorm2d), **(settings | kwargs))
+
+
+def test_resume_continues_the_record_without_repeating_an_iteration(tmp_path):
+    whole = records_of(resumable(tmp_path / 'whole', 5))
+    first = resumable(tmp_path / 'run', 3)
+    # killed in the third epoch: the checkpoint of the second is the last
+    (tmp_path / 'run/last_checkpoint').write_text(str(tmp_path / 'run/epoch_2.pth'))
+    with open(Path(first.log_dir) / 'collapse.jsonl', 'a') as file:
+        file.write('{"iter": 40, "to')
+    second = resumable(tmp_path / 'run', 5, resume=True)
+    assert second.log_dir != first.log_dir
+    resumed = records_of(second)
+    assert [r['iter'] for r in resumed.reports] == [r['iter'] for r in whole.reports]
+    assert list(find_snapshots(second.log_dir)) == [0, 12, 24, 36, 48, 60]
+    earlier = Path(second.log_dir) / resumed.header['continues']
+    assert earlier.resolve() == Path(first.log_dir).resolve()
+    assert whole.header['continues'] is None
+    start = [find_snapshots(run.log_dir)[0].read_bytes() for run in (first, second)]
+    assert start[0] == start[1]
+    for a, b in zip(resumed.reports, whole.reports):
+        assert a['channels']['collapsed'] == b['channels']['collapsed'], a['iter']
+        assert a['total']['revived'] == b['total']['revived'], a['iter']
+
+
+def test_a_new_run_in_the_same_work_dir_starts_its_own_record(tmp_path):
+    resumable(tmp_path, 1)
+    second = resumable(tmp_path, 1)
+    assert [r['iter'] for r in records_of(second).reports] == [4, 8, 12]
+    assert len(list(tmp_path.glob('*/collapse.jsonl'))) == 2
+
+
+def test_a_damaged_record_is_left_alone_and_said(tmp_path):
+    first = resumable(tmp_path, 1)
+    path = Path(first.log_dir) / 'collapse.jsonl'
+    damaged = path.read_text().replace('"iter"', 'iter', 1)
+    path.write_text(damaged)
+    second = resumable(tmp_path, 2, resume=True)
+    assert [r['iter'] for r in records_of(second).reports] == [16, 20, 24]
+    assert path.read_text() == damaged
+    assert 'line 2 is damaged' in texts(tmp_path)
+
+
+def edited(path, **values):
+    header, *rest = path.read_text().splitlines()
+    path.write_text('\n'.join([json.dumps(json.loads(header) | values), *rest, '']))
+
+
+def test_two_runs_in_one_work_dir_are_not_spliced(tmp_path):
+    first = resumable(tmp_path, 1)
+    checkpoint = shutil.copy(tmp_path / 'epoch_1.pth', tmp_path / 'of_first.pth')
+    resumable(tmp_path, 2, randomness=dict(seed=1))  # the newest record of the folder
+    third = resumable(tmp_path, 2, resume=True, load_from=str(checkpoint))
+    assert [r['iter'] for r in records_of(third).reports] == [4, 8, 12, 16, 20, 24]
+    assert records_of(third).header['continues'] == f'../{Path(first.log_dir).name}'
+    assert records_of(third).reports[:3] == records_of(first).reports
+    assert records_of(third).header['id'] != records_of(first).header['id']
+
+
+def test_the_record_is_found_where_checkpoints_lie_elsewhere(tmp_path):
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, out_dir=str(tmp_path / 'out')))
+    first = resumable(tmp_path / 'run', 1, default_hooks=hooks)
+    (checkpoint,) = (tmp_path / 'out').rglob('epoch_1.pth')
+    second = resumable(tmp_path / 'run', 2, resume=True, load_from=str(checkpoint))
+    assert records_of(second).header['continues'] == f'../{Path(first.log_dir).name}'
+    other = resumable(tmp_path / 'other', 2, resume=True, load_from=str(checkpoint))
+    assert [r['iter'] for r in records_of(other).reports] == [4, 8, 12, 16, 20, 24]
+
+
+def test_a_work_dir_that_was_moved_keeps_its_record(tmp_path):
+    resumable(tmp_path / 'run', 1)
+    (tmp_path / 'run').rename(tmp_path / 'moved')
+    (tmp_path / 'moved/last_checkpoint').write_text(str(tmp_path / 'moved/epoch_1.pth'))
+    second = resumable(tmp_path / 'moved', 2, resume=True)
+    assert [r['iter'] for r in records_of(second).reports] == [4, 8, 12, 16, 20, 24]
+
+
+@pytest.mark.parametrize('how', ['deleted', 'replaced'])
+def test_a_record_that_is_gone_is_said_and_no_other_taken(tmp_path, how):
+    first = resumable(tmp_path, 1)
+    path = Path(first.log_dir) / 'collapse.jsonl'
+    if how == 'deleted':
+        path.unlink()
+    else:
+        edited(path, id='another')
+    second = resumable(tmp_path, 2, resume=True)
+    assert [r['iter'] for r in records_of(second).reports] == [16, 20, 24]
+    assert records_of(second).header['continues'] is None
+    assert 'collapse.jsonl, is gone: a new one is begun' in texts(tmp_path)
+
+
+def test_a_record_of_other_layers_is_said_and_not_continued(tmp_path):
+    first = resumable(tmp_path, 1)
+    path = Path(first.log_dir) / 'collapse.jsonl'
+    layers = records_of(first).header['layers']
+    edited(path, layers=[layers[0] | dict(name='stem.9'), layers[1]])
+    second = resumable(tmp_path, 2, resume=True)
+    assert [r['iter'] for r in records_of(second).reports] == [16, 20, 24]
+    assert 'network with other BN layers' in texts(tmp_path)
+
+
+def test_a_checkpoint_without_a_record_is_said(tmp_path):
+    resumable(tmp_path, 1, custom_hooks=[])
+    second = resumable(tmp_path, 2, resume=True)
+    assert [r['iter'] for r in records_of(second).reports] == [16, 20, 24]
+    assert 'the checkpoint names no record' in texts(tmp_path)
+
+
+@pytest.mark.parametrize('record', [True, False])
+def test_filters_that_have_not_begun_are_known_after_a_resume(tmp_path, record):
+    def start(epochs, **kwargs):
+        time.sleep(1)
+        model = Classifier(killed={})
+        nn.init.zeros_(model.head[1].weight)
+        model.head[2] = nn.Identity()
+        hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+        return run(tmp_path, model, lr=1e-5, epochs=epochs, default_hooks=hooks, **kwargs)
+
+    first = start(1)
+    assert records_of(first).reports[-1]['total']['unstarted'] == 8
+    if not record:
+        (Path(first.log_dir) / 'collapse.jsonl').unlink()
+    second = start(2, resume=True)
+    assert 0 < second.model.head[1].weight.detach().abs().max() < 1e-3
+    for report in records_of(second).reports:
+        assert (report['total']['unstarted'], report['total']['collapsed']) == (8, 0)
+    # For a new run on the same weights they are vanished.
+    torch.save(second.model.state_dict(), tmp_path / 'weights.pth')
+    third = start(1, load_from=str(tmp_path / 'weights.pth'))
+    assert records_of(third).reports[0]['total']['vanished'] == 8
