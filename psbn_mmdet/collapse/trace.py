@@ -194,13 +194,13 @@ class StepTrace:
 
     def __init__(self, model: nn.Module, network: nn.Module, bound: int = 20) -> None:
         self._trace = RectifierTrace(network)
-        self._model: Any = model
-        self._train_step = self._model.train_step
+        self._model = model
+        self._train_step: Any = model.train_step
         self._was_own = 'train_step' in vars(model)  # as where MMEngine has compiled it
         self._steps = 0
         self._bound = bound
         self.active = True
-        self._model.train_step = self._watched
+        vars(model)['train_step'] = self._watched
 
     @property
     def rectifiers(self) -> dict[str, str]:
@@ -226,9 +226,9 @@ class StepTrace:
             return
         self.active = False
         if self._was_own:
-            self._model.train_step = self._train_step
+            vars(self._model)['train_step'] = self._train_step
         else:
-            del self._model.train_step
+            del vars(self._model)['train_step']
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:

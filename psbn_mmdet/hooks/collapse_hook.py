@@ -163,7 +163,7 @@ class CollapseHook(Hook):
         self._parts = Parts(runner)
         self._parts.run('messages on layers', _log_read_as_bn, runner, norms.values())
         self._parts.run('messages on layers', _warn_of_weight_decay, runner, norms, optimizers)
-        self._parts.run('counts', self._start, runner, GradientWatch(optimizers, norms))
+        self._parts.run('counts', self._start, runner, norms, optimizers)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Tell the time of the gradients."""
@@ -199,8 +199,10 @@ class CollapseHook(Hook):
             self._parts.run('snapshots', self._keep_snapshot, runner)
             self._detach()
 
-    def _start(self, runner: Runner, watch: GradientWatch) -> None:
-        self._watch = watch
+    def _start(
+        self, runner: Runner, norms: Mapping[str, _BatchNorm], optimizers: Sequence[Optimizer]
+    ) -> None:
+        self._watch = GradientWatch(optimizers, norms)
         self._begin = runner.iter
         self._steps = 0  # at the last report
         self._rectifiers: dict[str, str] = {}
