@@ -1,27 +1,21 @@
 """Checks before training or testing, for mistakes that would otherwise show late or never.
 
 Each raises :class:`PreflightError` with one sentence that names the value and the mend.
-:func:`run_script` runs them and then MMDetection's own script.
+:func:`psbn_mmdet.launch.run_script` runs them and then MMDetection's own script.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
-import sys
 import urllib.request
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from mmengine.config import Config
-from mmengine.device import get_device
 from mmengine.registry import MODELS
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
@@ -71,7 +65,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     except (OSError, SyntaxError, ImportError) as error:
         raise PreflightError(
             f'config file {path} cannot be loaded: correct it or what it imports '
-            f'({type(error).__name__}: {_one_line(error)})'
+            f'({type(error).__name__}: {one_line(error)})'
         ) from error
     cfg.merge_from_dict(options or {})
     return cfg
@@ -118,64 +112,6 @@ def check_test_config(cfg: Config, checkpoint: str) -> None:
     _check_model(cfg)
     _check_data(cfg, 'test')
     _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
-
-
-def run_script(name: str, check: Callable[[Namespace, Config], None]) -> None:
-    """Run a script of the installed MMDetection, once the config has passed a check.
-
-    Where something must be mended first, the process ends with exit code 1 and its one sentence.
-
-    Args:
-        name (str): File name of the script, e.g. ``train.py``.
-        check (Callable): Called with the script's parsed options and the loaded config.
-    """
-    # Read before the script parses its options, which sets LOCAL_RANK to 0 where it is missing.
-    local_rank = os.getenv('LOCAL_RANK') or os.getenv('SLURM_LOCALID') or '0'
-    try:
-        script = _load_script(name)
-        args = script.parse_args()
-        check(args, load_config(args.config, args.cfg_options))
-    except PreflightError as error:
-        # Once on each machine, since a file may be missing on one of them only.
-        sys.exit(f'error: {error}' if local_rank == '0' else 1)
-    if args.launcher != 'pytorch' or get_device() != 'cpu':
-        script.main()
-        return
-    # Ranks without GPUs: MMEngine would set a CUDA device first, but takes what is initialised.
-    torch.distributed.init_process_group('gloo')
-    script.main()
-    torch.distributed.barrier()  # a rank that leaves early aborts the others
-    # Not by the interpreter's exit: gloo's threads abort it now and then.
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def _load_script(name: str) -> ModuleType:
-    try:
-        import mmdet
-    except (ImportError, AssertionError) as error:  # it asserts the versions of the others
-        raise PreflightError(
-            f'MMDetection cannot be imported ({_one_line(error)}): install it with '
-            "`pip install --no-build-isolation -e '.[onedl]'` in a checkout of psbn_mmdet"
-        ) from error
-    package = Path(mmdet.__file__).parent
-    # `.mim` is there in what pip installs, also with -e; its content stands beside the package
-    # in a bare checkout.
-    path = package / '.mim' / 'tools' / name
-    if not path.is_file() and (package.parent / 'setup.py').is_file():
-        path = package.parent / 'tools' / name
-    if not path.is_file():
-        raise PreflightError(
-            f'tools/{name} of MMDetection is neither in {package / ".mim"} nor beside it: install '
-            'MMDetection with pip'
-        )
-    spec = importlib.util.spec_from_file_location(f'mmdet_{path.stem}', path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 def _check_model(cfg: Config) -> None:
@@ -306,7 +242,7 @@ def _resolve(checkpoint: str, setting: str, mend: str) -> str:
             table = mmengine_checkpoint.get_torchvision_models()
         except ImportError as error:
             raise PreflightError(
-                f'{setting} {checkpoint} needs torchvision ({_one_line(error)}): install it, or '
+                f'{setting} {checkpoint} needs torchvision ({one_line(error)}): install it, or '
                 f'{mend}'
             ) from error
     elif scheme in ('open-mmlab', 'openmmlab'):
@@ -331,7 +267,7 @@ def _check_url(url: str, setting: str, mend: str) -> None:
         if getattr(error, 'code', None) in _STATUS_UNDECIDED:
             return
         raise PreflightError(
-            f'{setting} {url} cannot be downloaded ({_one_line(error)}): {mend}'
+            f'{setting} {url} cannot be downloaded ({one_line(error)}): {mend}'
         ) from error
 
 
@@ -380,6 +316,7 @@ def _shown(path: str) -> str:
     return path if os.path.isabs(path) else f'{path} (in {Path.cwd()})'
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or what kind of error it is."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip('.') if lines else type(error).__name__

@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(cfg.model)
     for norm in find_norms(model).values():  # as if trained
-        torch.nn.init.normal_(norm.weight, 1, 0.1)
+        torch.nn.init.normal_(norm.weight, 1, 0.01)
     torch.save(dict(state_dict=model.state_dict(), meta=dict(epoch=1)), folder / 'well.pth')
     norms = model.backbone.layer1[0]
     norms.bn1.weight.data[2] = 0  # vanished, but alive
@@ -110,7 +110,9 @@ def test_json_has_what_the_parameters_tell(folder):
         2,
         None,
     )
-    assert layer['which'] == dict(vanished=[7], dead=[1, 7], collapsed=[1, 7])
+    assert layer['which'] == dict(
+        unstarted=[], vanished=[7], dead=[1, 7], broken=[], collapsed=[1, 7]
+    )
     assert layers['backbone.layer1.0.bn1']['which']['dead'] == [5]
 
 
@@ -125,7 +127,9 @@ def test_with_a_config_it_is_known_what_follows(folder):
     layers = by_name(audit)
     assert layers['backbone.layer1.0.bn1']['rectified'] is True
     assert layers['backbone.layer1.0.bn2']['rectified'] is False
-    assert layers['backbone.layer1.0.bn2']['which'] == dict(vanished=[7], dead=[], collapsed=[7])
+    assert layers['backbone.layer1.0.bn2']['which'] == dict(
+        unstarted=[], vanished=[7], dead=[], broken=[], collapsed=[7]
+    )
 
 
 def test_the_table_says_what_it_cannot_know(folder):
@@ -169,7 +173,7 @@ def test_the_exit_code_tells_of_too_much_collapse(folder, percent, code):
 
 
 def test_thresholds_are_options(folder):
-    result = run('audit.py', 'collapsed.pth', '--k', '5', '--tau', '0.99', cwd=folder)
+    result = run('audit.py', 'collapsed.pth', '--k', '5', '--tau', '0.9', cwd=folder)
     assert '│        2 │    1 │         2 │' in result.stdout
 
 

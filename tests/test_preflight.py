@@ -20,13 +20,13 @@ from mmengine.logging import MessageHub
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from psbn_mmdet.launch import run_script
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.preflight import (
     PreflightError,
     check_test_config,
     check_train_config,
     load_config,
-    run_script,
 )
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / 'configs' / 'psbn'

@@ -1,103 +1,11 @@
-"""Look up the collapsed filters in a checkpoint, or what changed between two.
+"""Look up the collapsed filters in a checkpoint, or what changed between two."""
 
-Reads PyTorch, safetensors and ONNX files of any library. Exit code: 0 if all went well, 1 for an
-error, 3 if more filters are collapsed than --fail-above allows.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from psbn_mmdet.checkpoints import read_weights, rectifiers_of_config
-from psbn_mmdet.collapse import ASSUMED, census_of_state_dict, compare
-from psbn_mmdet.layers import find_norm_states
-from psbn_mmdet.preflight import load_config
-from psbn_mmdet.report import Audit, audit_to_csv, audit_to_dict, audit_to_text, plot_audit
-
-
-def percent(text: str) -> float:
-    """A number from 0 to 100."""
-    value = float(text)
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f'must be from 0 to 100, got {text}')
-    return value
-
-
-def main() -> int:
-    """Parse the arguments, audit, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('checkpoints', nargs='+', metavar='CHECKPOINT', help='one, or two to diff')
-    parser.add_argument('--config', help='of the model: tells which layers feed a rectifier')
-    parser.add_argument('--format', choices=('table', 'json', 'csv'), default='table')
-    parser.add_argument('--tau', type=float, default=1e-3, help='largest |gamma| of a vanished one')
-    parser.add_argument('--k', type=float, default=3.0, help='dead: b + k * |gamma| <= 0')
-    parser.add_argument('--key', help='which state dict of the file, such as ema_state_dict')
-    parser.add_argument('--plot', metavar='OUT.png', help='draw gamma against effective shift')
-    parser.add_argument(
-        '--fail-above', type=percent, metavar='PERCENT', help='exit with 3 if more are collapsed'
-    )
-    args = parser.parse_args()
-    if len(args.checkpoints) > 2:
-        parser.error(f'one or two checkpoints, got {len(args.checkpoints)}')
-    try:
-        audit = make_audit(args)
-        if args.plot:
-            plot_audit(audit, args.plot)
-    except (OSError, ValueError) as error:
-        print(f'audit: {error}', file=sys.stderr)
-        return 1
-    if args.format == 'json':
-        print(json.dumps(audit_to_dict(audit), indent=1))
-    else:
-        print(audit_to_csv(audit) if args.format == 'csv' else audit_to_text(audit))
-    if args.fail_above is not None and audit.percent > args.fail_above:
-        print(
-            f'audit: {audit.percent:.2f} % of the filters are collapsed, more than '
-            f'{args.fail_above:g} %',
-            file=sys.stderr,
-        )
-        return 3
-    return 0
-
-
-def make_audit(args: argparse.Namespace) -> Audit:
-    """Read what was asked for and count."""
-    read = [read_weights(path, args.key) for path in args.checkpoints]
-    of_config: dict[str, str] | None = None
-    if args.config:
-        names = {name for weights in read for name in find_norm_states(weights.state_dict)}
-        of_config = rectifiers_of_config(load_config(args.config), sorted(names))
-    counted = []
-    for path, weights in zip(args.checkpoints, read):
-        known = weights.rectifiers if of_config is None else of_config
-        rectifiers = dict.fromkeys(find_norm_states(weights.state_dict), ASSUMED) | known
-        census = census_of_state_dict(
-            weights.state_dict, tau=args.tau, k=args.k, rectifiers=rectifiers
-        )
-        if not census.layers:
-            raise ValueError(f'{path} has only BN without gamma or bias: there is nothing to audit')
-        counted.append(census)
-    weights, after = read[-1], counted[-1]
-    before = counted[0] if len(counted) == 2 else None
-    if before and not compare(before, after):
-        raise ValueError(
-            f'{args.checkpoints[0]} and {args.checkpoints[1]} have no layer in common: give two '
-            'checkpoints of one network'
-        )
-    source = args.checkpoints[-1] + (f', {weights.key}' if weights.key else '')
-    if weights.others:
-        source += f' (also in the file, for --key: {", ".join(weights.others)})'
-    if before:
-        source += f', against {args.checkpoints[0]}'
-    return Audit(source, after, before)
-
+from psbn_mmdet.commands.audit import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -1,8 +1,8 @@
 """Checkpoint files: reading them without running code, and converting them as a whole."""
 
-from .convert import Conversion, convert_checkpoint
-from .files import CheckpointError, Weights, read_content, read_torch, read_weights, write_content
-from .rectifiers import rectifiers_of_config
+from .checkpoint_conversion import Conversion, convert_checkpoint
+from .config_model import rectifiers_of_config
+from .formats import CheckpointError, Weights, read_content, read_torch, read_weights, write_content
 
 __all__ = [
     'CheckpointError',

@@ -16,7 +16,7 @@ _ENTRIES = ('weight', 'bias', 'running_mean', 'running_var')  # inputs 1 to 4 of
 def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the BatchNormalization nodes of an ONNX file and what follows each.
 
-    An exported psBN is a BatchNormalization whose bias is the effective shift.
+    An exported psBN is a BatchNormalization whose bias is beta + shift.
 
     Args:
         path (str | PathLike): The file.

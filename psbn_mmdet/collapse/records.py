@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..files import replacing
+from ..atomic import replacing
 
 RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
 FORMAT = 1

@@ -1,6 +1,6 @@
 """The psBN layers, and conversion between them and BN."""
 
-from .convert import RECTIFIERS, REVIVE, bn_to_psbn, feeds_rectifier, psbn_to_bn
+from .layer_conversion import RECTIFIERS, REVIVE, bn_to_psbn, feeds_rectifier, psbn_to_bn
 from .psbn import (
     PostShiftedBatchNorm,
     PostShiftedBatchNorm1d,

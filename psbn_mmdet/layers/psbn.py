@@ -3,21 +3,21 @@
 Batch normalisation computes ``y = gamma * xhat + beta``. psBN adds a fixed constant
 ``alpha > 0``, here called *shift*, after it (arXiv 2001.11216)::
 
-    y = gamma * xhat + beta + alpha,        b = beta + alpha  (the effective shift)
+    y = gamma * xhat + beta + alpha,        b = beta + alpha  (what the rectifier sees)
 
 A filter whose gamma and beta are decayed to zero then outputs ``alpha > 0``: the rectifier
 behind it opens and the filter trains again, where plain BN would stay at zero for ever.
 
-How it is built: the trainable shift is the parameter ``beta``, the constant is the buffer
+How it is built: what is trained is the parameter ``beta``, the constant is the buffer
 ``shift``, and ``bias`` is a read-only property that returns their sum. ``forward`` is inherited
 from torch unchanged, so psBN costs C additions more than BN, and whatever reads ``bias`` from a
-BN (fusing, exporting, freezing) sees the effective shift and stays exact.
+BN (fusing, exporting, freezing) sees b and stays exact.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.registry import MODELS
@@ -43,7 +43,7 @@ def check_shift(shift: float) -> float:
     return float(shift)
 
 
-def rectifier_closed(gamma: Any, shift: Any, k: float = 3.0) -> Any:
+def rectifier_closed(gamma: Any, bias: Any, k: float = 3.0) -> Any:
     """Whether a rectifier behind BN opens only beyond k standard deviations.
 
     With xhat ~ N(0, 1), ``gamma * xhat + b > 0`` for at most Phi(-k) of the inputs, 0.135 % with
@@ -53,13 +53,13 @@ def rectifier_closed(gamma: Any, shift: Any, k: float = 3.0) -> Any:
 
     Args:
         gamma (Tensor | np.ndarray): Scale, shape (C,).
-        shift (Tensor | np.ndarray): Effective shift b, shape (C,).
+        bias (Tensor | np.ndarray): b, shape (C,).
         k (float): Standard deviations. Defaults to 3.
 
     Returns:
         Tensor | np.ndarray: Bool, shape (C,).
     """
-    return shift + k * abs(gamma) <= 0
+    return bias + k * abs(gamma) <= 0
 
 
 class PostShiftedBatchNorm(_BatchNorm):
@@ -67,7 +67,7 @@ class PostShiftedBatchNorm(_BatchNorm):
 
     State dicts hold ``weight``, ``beta``, ``shift`` and the running statistics. Loading keeps the
     function of what is loaded: a BN state dict (key ``bias``) gives ``beta = bias - shift``, one
-    of psBN with another shift ``beta = b - shift``, ``b`` being its effective shift.
+    of psBN with another shift ``beta = b - shift``, ``b`` being its bias.
 
     With ``affine=False``, or torch's newer ``bias=False``, there is no ``beta`` and the shift
     alone remains.
@@ -126,7 +126,7 @@ class PostShiftedBatchNorm(_BatchNorm):
 
     @property
     def bias(self) -> Tensor:  # type: ignore[override]
-        """Effective shift b = beta + alpha, shape (C,). Read-only: write to ``beta``."""
+        """B = beta + alpha, shape (C,). Read-only: write to ``beta``."""
         beta = self.beta
         return self.shift.repeat(self.num_features) if beta is None else beta + self.shift
 
@@ -149,6 +149,10 @@ class PostShiftedBatchNorm(_BatchNorm):
             f'track_running_stats={self.track_running_stats}, shift={self.shift_value:g}'
         )
 
+    def _shift_in(self, dtype: torch.dtype) -> float:
+        """The constant alpha as a type holds it, whatever the default device is."""
+        return float(torch.tensor(self.shift_value, dtype=dtype, device='cpu'))
+
     def _load_from_state_dict(
         self,
         state_dict: dict,
@@ -161,26 +165,34 @@ class PostShiftedBatchNorm(_BatchNorm):
     ) -> None:
         # BN and psBN are told apart by their keys: not every loader hands on the version.
         state_dict = dict(state_dict)
-        beta, bias, shift = (state_dict.get(prefix + key) for key in ('beta', 'bias', 'shift'))
-        own = float(torch.tensor(self.shift_value))  # as a float32, like the one in the file
-        other = own if shift is None else float(shift)
+        beta, bias, shift = (
+            cast(Any, state_dict.get(prefix + key)) for key in ('beta', 'bias', 'shift')
+        )
         is_bn = beta is None and bias is not None
         if is_bn or beta is not None:
             self.read_as_bn = is_bn
+        # A file in half precision has alpha rounded: that is the same alpha. What is on the meta
+        # device has no value to differ.
+        other = None if shift is None or shift.is_meta else float(shift)
+        same = other is None or other == self._shift_in(shift.dtype)
+        source: Any = bias if is_bn else beta
+        assign = local_metadata.get('assign_to_params_buffers', False)
         if self.beta is None:
-            if other != own:
+            if not same:
                 error_msgs.append(
-                    f'{prefix}shift is {other:g} in the state dict and {own:g} in this layer, '
-                    f'which has no beta to make up for it: build the layer with shift={other:g}'
+                    f'{prefix}shift is {other:g} in the state dict and {self.shift_value:g} in '
+                    'this layer, which has no beta to make up for it: build the layer with '
+                    f'shift={other:g}'
                 )
-        elif is_bn or (beta is not None and other != own):
-            source: Any = state_dict.pop(prefix + 'bias') if is_bn else beta
-            effective = at_least_float32(source) + (0 if is_bn else other)
-            new_beta = effective - own
-            if local_metadata.get('assign_to_params_buffers', False):
-                new_beta = new_beta.to(source.dtype)
-            state_dict[prefix + 'beta'] = new_beta
-            state_dict[prefix + 'shift'] = new_beta.new_tensor(own)
+        elif is_bn or (beta is not None and not same):
+            state_dict.pop(prefix + 'bias', None)
+            effective = at_least_float32(source) + (other or 0)
+            new_beta = effective - self._shift_in(source.dtype if assign else self.beta.dtype)
+            state_dict[prefix + 'beta'] = new_beta.to(source.dtype) if assign else new_beta
+        if is_bn or shift is not None:
+            like: Any = bias if shift is None else shift
+            dtype = like.dtype if assign else self.shift.dtype
+            state_dict[prefix + 'shift'] = like.new_tensor(self.shift_value, dtype=dtype)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

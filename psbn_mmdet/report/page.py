@@ -16,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ..atomic import replacing
 from ..collapse import format_ranges
-from ..files import replacing
 from .figures import FIGURES
 from .runs import Run, read_run
 from .stages import COLUMNS, stage_rows

@@ -233,3 +233,87 @@ def test_a_wrong_option_is_named():
         bn_to_psbn(half_collapsed(), revive='all')
     with pytest.raises(ValueError, match='finite number > 0, got -1'):
         bn_to_psbn({}, shift=-1)
+
+
+# Precision
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize('assign', [False, True])
+@pytest.mark.parametrize('dtype', [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize('shift', [0.1, 0.02, 1 / 3, 2.5])
+def test_saving_and_loading_again_and_again_moves_nothing(dtype, shift, assign):
+    def layer():
+        return PostShiftedBatchNorm2d(64, shift=shift).to(dtype)
+
+    torch.manual_seed(0)
+    first = layer()
+    first.beta.data.normal_()
+    state_dict = first.state_dict()
+    for _ in range(100):
+        norm = layer()
+        norm.load_state_dict(state_dict, assign=assign)
+        state_dict = copy.deepcopy(norm.state_dict())
+    assert torch.equal(norm.beta, first.beta) and norm.beta.dtype == dtype
+    assert torch.equal(norm.bias, first.bias) and norm.shift.dtype == dtype
+
+
+@pytest.mark.parametrize('file', [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize('layer', [*HALVES, torch.float32, torch.float64])
+def test_the_same_shift_is_known_in_any_precision(file, layer):
+    old = PostShiftedBatchNorm2d(64)
+    old.beta.data.normal_()
+    state_dict = old.to(file).state_dict()
+    new = PostShiftedBatchNorm2d(64).to(layer)
+    new.load_state_dict(state_dict)
+    assert torch.equal(new.beta, state_dict['beta'].to(layer))
+    assert new.shift == torch.tensor(0.1, dtype=layer)
+
+
+@pytest.mark.parametrize('file', [*HALVES, torch.float32])
+@pytest.mark.parametrize('layer', [*HALVES, torch.float32])
+def test_another_shift_keeps_the_function_in_any_precision(file, layer):
+    old = PostShiftedBatchNorm2d(64, shift=0.5)
+    old.beta.data.normal_()
+    old = old.to(file)
+    new = PostShiftedBatchNorm2d(64).to(layer)
+    new.load_state_dict(old.state_dict())
+    coarsest = max(torch.finfo(file).eps, torch.finfo(layer).eps)
+    assert torch.allclose(new.bias.float(), old.bias.float(), rtol=coarsest, atol=coarsest)
+
+
+@pytest.mark.parametrize('kind', ['BN', 'psBN', 'psBN, other shift'])
+def test_assigned_entries_have_the_type_of_the_file(kind):
+    norm = nn.BatchNorm2d(4) if kind == 'BN' else PostShiftedBatchNorm2d(4)
+    norm = norm.to(torch.bfloat16)
+    layer = PostShiftedBatchNorm2d(4, shift=0.5 if 'other' in kind else 0.1)
+    layer.load_state_dict(norm.state_dict(), assign=True)
+    for entry in ('weight', 'beta', 'shift'):
+        assert getattr(layer, entry).dtype == torch.bfloat16
+    assert torch.allclose(layer.bias, norm.bias, atol=0.01)
+
+
+def test_what_was_loaded_last_tells_whether_it_was_bn():
+    layer = PostShiftedBatchNorm2d(4)
+    for norm, is_bn in (
+        (nn.BatchNorm2d(4), True),
+        (PostShiftedBatchNorm2d(4), False),
+        (nn.BatchNorm2d(4), True),
+    ):
+        layer.load_state_dict(norm.state_dict())
+        assert layer.read_as_bn is is_bn
+
+
+@pytest.mark.parametrize('assign', [False, True])
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, PostShiftedBatchNorm2d])
+def test_loading_where_the_default_device_is_meta(norm, assign):
+    state_dict = norm(4).state_dict()
+    with torch.device('meta'):
+        layer = PostShiftedBatchNorm2d(4)
+        layer.load_state_dict(state_dict, assign=assign)
+        PostShiftedBatchNorm2d(4).load_state_dict(norm(4).state_dict(), assign=assign)
+    assert layer.beta.is_meta != assign
+    if assign:
+        assert torch.allclose(layer.bias, torch.full((4,), 0.0 if norm is nn.BatchNorm2d else 0.1))

@@ -22,7 +22,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Examples:
         >>> import tempfile
-        >>> from psbn_mmdet.files import replacing
+        >>> from psbn_mmdet.atomic import replacing
         >>> out = Path(tempfile.mkdtemp()) / 'new' / 'page.html'
         >>> with replacing(out) as part:
         ...     _ = part.write_text('whole')

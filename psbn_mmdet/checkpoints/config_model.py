@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from ..collapse import find_norms, trace_rectifiers
-from .files import CheckpointError
+from .formats import CheckpointError
 
 SIDE = 256  # pixels; a multiple of all strides of the detectors
 

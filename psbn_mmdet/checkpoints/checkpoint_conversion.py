@@ -8,7 +8,7 @@ from typing import Any
 
 from ..layers import bn_to_psbn, entry_key, find_norm_states, psbn_to_bn
 from .config_text import config_to_bn, config_to_psbn
-from .files import CheckpointError, find_state_dicts, wrapper_of
+from .formats import CheckpointError, find_state_dicts, wrapper_of
 
 
 @dataclass

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..atomic import replacing
 from ..collapse import Census, LayerCensus, compare, format_ranges
-from ..files import replacing
 from .channels import BLUE, draw_channels
 from .style import STYLE, shorten
 

@@ -60,7 +60,7 @@ def bn_to_psbn(
             new ones: build the optimiser after the conversion.
         shift (float): The constant alpha of the new layers. Defaults to 0.1.
         revive (str): 'none', or 'collapsed' to open filters that pass nothing: those with
-            ``bias + 3 * |gamma| <= 0`` keep ``beta = bias``, so that their effective shift is
+            ``bias + 3 * |gamma| <= 0`` keep ``beta = bias``, so that their new bias is
             ``bias + shift`` and, where that is above ``-3 * |gamma|``, gradient reaches them from
             the first step on. The function changes at these filters. Defaults to 'none'.
         rectifiers (Mapping[str, str], optional): What follows each layer, from

@@ -2,7 +2,7 @@
 
 import pytest
 
-from psbn_mmdet.files import replacing
+from psbn_mmdet.atomic import replacing
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

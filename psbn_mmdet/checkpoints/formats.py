@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import replacing
+from ..atomic import replacing
 from ..layers import find_norm_states
+from ..safe_globals import load_plain
 from .onnx import read_onnx
 
 # What wraps a network and puts its name before every key.
@@ -35,12 +35,14 @@ class Weights:
         state_dict (Mapping[str, Any]): By name, without the ``module.`` of a wrapper.
         key (str): Where in the file they stand, such as 'state_dict'; '' for the file itself.
         others (list[str]): Where further state dicts stand, such as 'ema_state_dict'.
+        roles (dict[str, str]): What the state dicts are, where an average is among them.
         rectifiers (dict[str, str]): What follows each layer, where the file tells (ONNX).
     """
 
     state_dict: Mapping[str, Any]
     key: str = ''
     others: list[str] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
     rectifiers: dict[str, str] = field(default_factory=dict)
 
 
@@ -83,8 +85,7 @@ def read_torch(path: str | os.PathLike) -> Any:
     """
     path = _existing(path)
     try:
-        mmap = zipfile.is_zipfile(path)
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        return load_plain(path)
     except Exception as error:  # whatever a broken or hostile file brings about
         unsafe = re.search(r'GLOBAL (\S+)', str(error))
         if unsafe:
@@ -153,8 +154,9 @@ def find_state_dicts(content: Any, path: str = '') -> Iterator[tuple[str, dict]]
 def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
     """Read a network's parameters from a checkpoint of whatever origin.
 
-    A file may hold several networks, such as an average beside the trained one; the first that
-    is no average is taken.
+    A file may hold several networks, such as an average (EMA) beside the trained one. What is
+    taken is what loading the file gives: the first whose name does not speak of an average. Where
+    MMEngine's EMAHook has saved the file that is nevertheless the average, since it swaps the two.
 
     Args:
         path (str | PathLike): PyTorch, safetensors (``.safetensors``) or ONNX (``.onnx``) file.
@@ -188,7 +190,23 @@ def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
     others = [name for name in found if name != key]
     wrapper = wrapper_of(found[key])
     names = {str(name).removeprefix(wrapper): value for name, value in found[key].items()}
-    return Weights(names, key, others)
+    return Weights(names, key, others, _roles(found))
+
+
+def _roles(found: Mapping[str, dict]) -> dict[str, str]:
+    averages = [key for key in found if 'ema' in key.lower()]
+    if 'state_dict' in found and averages == ['ema_state_dict']:
+        ema = found['ema_state_dict']
+        # MMEngine's averaged model counts its steps, and has the network as its `module`. Its
+        # hook saves the average as `state_dict`, so that testing and deploying take it.
+        if 'steps' in ema and all(
+            str(name).startswith('module.') for name in ema.keys() - {'steps'}
+        ):
+            return {
+                'state_dict': "the average of MMEngine's EMAHook",
+                'ema_state_dict': 'the weights in training',
+            }
+    return dict.fromkeys(averages, 'an average, by its name')
 
 
 def wrapper_of(state_dict: Mapping[str, Any]) -> str:

@@ -1,0 +1,76 @@
+"""Running the scripts of the installed MMDetection, once a config has passed the checks."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from .preflight import PreflightError, load_config, one_line
+
+
+def run_script(name: str, check: Callable[[Namespace, Config], None]) -> None:
+    """Run a script of the installed MMDetection, once the config has passed a check.
+
+    Where something must be mended first, the process ends with exit code 1 and its one sentence.
+
+    Args:
+        name (str): File name of the script, e.g. ``train.py``.
+        check (Callable): Called with the script's parsed options and the loaded config.
+    """
+    # Read before the script parses its options, which sets LOCAL_RANK to 0 where it is missing.
+    local_rank = os.getenv('LOCAL_RANK') or os.getenv('SLURM_LOCALID') or '0'
+    try:
+        script = _load_script(name)
+        args = script.parse_args()
+        check(args, load_config(args.config, args.cfg_options))
+    except PreflightError as error:
+        # Once on each machine, since a file may be missing on one of them only.
+        sys.exit(f'error: {error}' if local_rank == '0' else 1)
+    if args.launcher != 'pytorch' or get_device() != 'cpu':
+        script.main()
+        return
+    # Ranks without GPUs: MMEngine would set a CUDA device first, but takes what is initialised.
+    torch.distributed.init_process_group('gloo')
+    script.main()
+    torch.distributed.barrier()  # a rank that leaves early aborts the others
+    # Not by the interpreter's exit: gloo's threads abort it now and then.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _load_script(name: str) -> ModuleType:
+    try:
+        import mmdet
+    except (ImportError, AssertionError) as error:  # it asserts the versions of the others
+        raise PreflightError(
+            f'MMDetection cannot be imported ({one_line(error)}): install it with '
+            "`pip install --no-build-isolation -e '.[onedl]'` in a checkout of psbn_mmdet"
+        ) from error
+    package = Path(mmdet.__file__).parent
+    # `.mim` is there in what pip installs, also with -e; its content stands beside the package
+    # in a bare checkout.
+    path = package / '.mim' / 'tools' / name
+    if not path.is_file() and (package.parent / 'setup.py').is_file():
+        path = package.parent / 'tools' / name
+    if not path.is_file():
+        raise PreflightError(
+            f'tools/{name} of MMDetection is neither in {package / ".mim"} nor beside it: install '
+            'MMDetection with pip'
+        )
+    spec = importlib.util.spec_from_file_location(f'mmdet_{path.stem}', path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
