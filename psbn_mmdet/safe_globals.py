@@ -83,6 +83,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {**torch._weights_only_unpickler._get_allowed_globals(), **_plain()}
+        module = {'__builtin__': 'builtins'}.get(module, module)  # as old protocols have it
         try:
             return allowed[f'{module}.{name}']
         except KeyError:

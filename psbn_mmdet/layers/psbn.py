@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def check_shift(shift: float) -> float:
     """Check the constant alpha of psBN.
 
@@ -171,10 +174,10 @@ class PostShiftedBatchNorm(_BatchNorm):
         is_bn = beta is None and bias is not None
         if is_bn or beta is not None:
             self.read_as_bn = is_bn
-        # A file in half precision has alpha rounded: that is the same alpha. What is on the meta
+        # Rounded by any type that it went through, alpha is still the same. What is on the meta
         # device has no value to differ.
         other = None if shift is None or shift.is_meta else float(shift)
-        same = other is None or other == self._shift_in(shift.dtype)
+        same = other is None or other in map(self._shift_in, _FLOATS)
         source: Any = bias if is_bn else beta
         assign = local_metadata.get('assign_to_params_buffers', False)
         if self.beta is None:
@@ -189,7 +192,8 @@ class PostShiftedBatchNorm(_BatchNorm):
             effective = at_least_float32(source) + (other or 0)
             new_beta = effective - self._shift_in(source.dtype if assign else self.beta.dtype)
             state_dict[prefix + 'beta'] = new_beta.to(source.dtype) if assign else new_beta
-        if is_bn or shift is not None:
+        kept = same and (assign or shift is None or shift.dtype == self.shift.dtype)
+        if is_bn or not kept:
             like: Any = bias if shift is None else shift
             dtype = like.dtype if assign else self.shift.dtype
             state_dict[prefix + 'shift'] = like.new_tensor(self.shift_value, dtype=dtype)
