@@ -8,7 +8,7 @@ from typing import Any
 
 from ..layers import bn_to_psbn, entry_key, find_norm_states, psbn_to_bn
 from .config_text import config_to_bn, config_to_psbn
-from .formats import CheckpointError, find_state_dicts, wrapper_of
+from .formats import CheckpointError, SafetensorsContent, find_state_dicts, wrapper_of
 
 
 @dataclass
@@ -118,4 +118,7 @@ def convert_checkpoint(
         done.configs += new != text
         return new
 
-    return rebuilt(content), done
+    new_content = rebuilt(content)
+    if isinstance(content, SafetensorsContent):
+        new_content = SafetensorsContent(new_content, content.metadata)
+    return new_content, done

@@ -46,6 +46,14 @@ class Weights:
     rectifiers: dict[str, str] = field(default_factory=dict)
 
 
+class SafetensorsContent(dict):
+    """The tensors of a safetensors file by name, with the file's own ``metadata``."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
 def read_content(path: str | os.PathLike) -> Any:
     """Read a PyTorch or safetensors file.
 
@@ -64,7 +72,8 @@ def read_content(path: str | os.PathLike) -> Any:
         return read_torch(path)
     try:
         with safe_open(path, 'pt') as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return SafetensorsContent(tensors, file.metadata())
     except SafetensorError as error:
         raise CheckpointError(
             f'{path} cannot be read as a safetensors file ({error}): replace the file'
@@ -130,13 +139,23 @@ def write_content(content: Any, path: str | os.PathLike) -> None:
     try:
         with replacing(path) as part:
             if is_safetensors:
-                save_file({key: value.contiguous() for key, value in content.items()}, part)
+                save_file(_apart(content), part, getattr(content, 'metadata', None))
             else:
                 torch.save(content, part)
     except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
         raise CheckpointError(
             f'{path} cannot be written ({error}): make room or give another place'
         ) from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with memory of its own: safetensors files cannot hold tied ones."""
+    apart, seen = {}, set()
+    for key, value in tensors.items():
+        memory = value.untyped_storage().data_ptr()
+        apart[key] = (value.clone() if memory in seen else value).contiguous()
+        seen.add(memory)
+    return apart
 
 
 def find_state_dicts(content: Any, path: str = '') -> Iterator[tuple[str, dict]]:

@@ -10,9 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from mmengine.model.utils import _BatchNormXd
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from .psbn import (
     PostShiftedBatchNorm,
@@ -38,6 +40,7 @@ _BN_OF_PSBN = {psbn: bn for bn, psbn in reversed(_PSBN_OF_BN.items())}
 REVIVE = ('none', 'collapsed')
 RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
 
+AnyTensor = TypeVar('AnyTensor', bound=Tensor)
 ModuleOrStateDict = TypeVar('ModuleOrStateDict', nn.Module, Mapping[str, Any])
 
 
@@ -86,13 +89,15 @@ def bn_to_psbn(
             converted[closed] = bias[closed].to(converted.dtype)
         return converted
 
+    tied = _Tied()
     if isinstance(network, nn.Module):
-        return _replace(network, lambda name, layer: _to_psbn(name, layer, shift, beta))
+        return _replace(network, lambda name, layer: _to_psbn(name, layer, shift, beta, tied))
     edits = {}
     for name, kind in find_norm_states(network).items():
         if kind == 'BN':
             bias = entry_key(name, 'bias')
             new = beta(name, network[entry_key(name, 'weight')], network[bias])
+            new = tied(network[bias], new)
             edits[bias] = {
                 entry_key(name, 'beta'): new,
                 entry_key(name, 'shift'): new.new_tensor(shift),
@@ -115,15 +120,20 @@ def psbn_to_bn(network: ModuleOrStateDict) -> ModuleOrStateDict:
     Returns:
         nn.Module | dict[str, Tensor]: ``network``, or the new layer if it is a psBN itself; a new
         dict for a state dict.
+
+    Raises:
+        ValueError: If a layer is of a subclass of psBN, such as one with parametrisations.
     """
+    tied = _Tied()
     if isinstance(network, nn.Module):
-        return _replace(network, lambda _, layer: _to_bn(layer))
+        return _replace(network, lambda name, layer: _to_bn(name, layer, tied))
     edits: dict[str, dict[str, Tensor]] = {}
     for name, kind in find_norm_states(network).items():
         if kind == 'psBN':
             beta, shift = entry_key(name, 'beta'), entry_key(name, 'shift')
             bias = at_least_float32(network[beta]) + at_least_float32(network[shift])
-            edits[beta] = {entry_key(name, 'bias'): bias.to(network[beta].dtype)}
+            bias = tied(network[beta], bias.to(network[beta].dtype))
+            edits[beta] = {entry_key(name, 'bias'): bias}
             edits[shift] = {}
     return _edited(network, edits)
 
@@ -133,7 +143,21 @@ def feeds_rectifier(rectifiers: Mapping[str, str], name: str) -> bool:
     return rectifiers.get(name) in RECTIFIERS
 
 
-def _to_psbn(name: str, layer: nn.Module, shift: float, beta: Callable) -> nn.Module | None:
+class _Tied:
+    """Gives what was made of a tensor for each tensor that shares its memory, if it is the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple, Any] = {}
+
+    def __call__(self, old: Tensor, new: AnyTensor) -> AnyTensor:
+        place = (old.device, old.data_ptr(), old.shape, old.stride(), old.dtype)
+        made = self._made.setdefault(place, new) if old.data_ptr() else new
+        return made if made is new or torch.equal(made, new) else new
+
+
+def _to_psbn(
+    name: str, layer: nn.Module, shift: float, beta: Callable, tied: _Tied
+) -> nn.Module | None:
     if not isinstance(layer, _BatchNorm) or layer.weight is None or layer.bias is None:
         return None
     psbn_class = _PSBN_OF_BN.get(type(layer))
@@ -150,14 +174,22 @@ def _to_psbn(name: str, layer: nn.Module, shift: float, beta: Callable) -> nn.Mo
     )
     psbn.weight = layer.weight
     new_beta = beta(name, layer.weight.detach(), layer.bias.detach()).to(layer.bias.dtype)
-    psbn.beta = nn.Parameter(new_beta, layer.bias.requires_grad)
+    psbn.beta = tied(layer.bias, nn.Parameter(new_beta, layer.bias.requires_grad))
     return _take_over_state(psbn, layer)
 
 
-def _to_bn(layer: nn.Module) -> nn.Module | None:
+def _to_bn(name: str, layer: nn.Module, tied: _Tied) -> nn.Module | None:
     if not isinstance(layer, PostShiftedBatchNorm):
         return None
-    bn_class = _BN_OF_PSBN[type(layer)]
+    bn_class = _BN_OF_PSBN.get(type(layer))
+    if bn_class is None:
+        mend = 'convert it by hand'
+        if is_parametrized(layer):
+            mend = 'remove its parametrisations first (torch.nn.utils.parametrize)'
+        raise ValueError(
+            f'{name or "the layer"} is a {type(layer).__name__}, which may compute something else '
+            f'than psBN: {mend}'
+        )
     bn = bn_class(
         layer.num_features,
         layer.eps,
@@ -171,7 +203,8 @@ def _to_bn(layer: nn.Module) -> nn.Module | None:
     else:
         bn.weight = layer.weight
     trained = layer.beta is not None and layer.beta.requires_grad
-    bn.bias = nn.Parameter(layer.bias.detach(), trained)
+    bias = nn.Parameter(layer.bias.detach(), trained)
+    bn.bias = bias if layer.beta is None else tied(layer.beta, bias)
     return _take_over_state(bn, layer)
 
 

@@ -24,7 +24,6 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

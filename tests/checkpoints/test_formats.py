@@ -6,10 +6,18 @@ import argparse
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from small_run import Classifier, run
 from torch import nn
 
-from psbn_mmdet.checkpoints import CheckpointError, read_content, read_weights, write_content
+from psbn_mmdet.checkpoints import (
+    CheckpointError,
+    convert_checkpoint,
+    read_content,
+    read_weights,
+    write_content,
+)
 from psbn_mmdet.collapse import ASSUMED, census_of_state_dict
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
@@ -123,3 +131,43 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(Exception, match=r"[Cc]an't (get|pickle)"):
         write_content(dict(cannot=lambda: None), tmp_path / 'a.pth')
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_metadata_of_a_safetensors_file_is_kept(tmp_path):
+    save_file(network().state_dict(), tmp_path / 'a.safetensors', {'format': 'pt', 'by': 'us'})
+    converted, _ = convert_checkpoint(read_content(tmp_path / 'a.safetensors'), 'psbn')
+    write_content(converted, tmp_path / 'b.safetensors')
+    with safe_open(tmp_path / 'b.safetensors', 'pt') as file:
+        assert file.metadata() == {'format': 'pt', 'by': 'us'}
+
+
+def test_tied_tensors_are_written_apart_to_safetensors(tmp_path):
+    bias = torch.arange(4.0)
+    write_content({'a': bias, 'b': bias, 'c': bias[1:]}, tmp_path / 'a.safetensors')
+    found = read_content(tmp_path / 'a.safetensors')
+    assert torch.equal(found['a'], bias) and torch.equal(found['b'], bias)
+    assert torch.equal(found['c'], bias[1:])
+
+
+def test_it_is_known_which_weights_of_mmengine_are_the_average(tmp_path):
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    ema = [dict(type='EMAHook', momentum=0.5), dict(type='CollapseHook')]
+    runner = run(tmp_path, Classifier(), lr=0.5, default_hooks=hooks, custom_hooks=ema)
+    trained = runner.model.state_dict()['stem.0.weight']
+    weights = read_weights(tmp_path / 'epoch_2.pth')
+    assert (weights.key, weights.others) == ('state_dict', ['ema_state_dict'])
+    assert 'average' in weights.roles['state_dict']
+    assert 'in training' in weights.roles['ema_state_dict']
+    assert not torch.equal(weights.state_dict['stem.0.weight'], trained)
+    in_training = read_weights(tmp_path / 'epoch_2.pth', 'ema_state_dict').state_dict
+    assert torch.equal(in_training['stem.0.weight'], trained)
+
+
+def test_an_average_that_others_have_saved_is_told_by_its_name(tmp_path):
+    sd = network().state_dict()
+    for name in ('ema_state_dict', 'state_dict_ema', 'model_ema'):
+        torch.save({'state_dict': sd, name: sd}, tmp_path / 'a.pth')
+        weights = read_weights(tmp_path / 'a.pth')
+        assert weights.key == 'state_dict' and weights.roles == {name: 'an average, by its name'}
+    torch.save({'state_dict': sd}, tmp_path / 'a.pth')
+    assert read_weights(tmp_path / 'a.pth').roles == {}

@@ -269,7 +269,7 @@ def test_the_same_shift_is_known_in_any_precision(file, layer):
     new = PostShiftedBatchNorm2d(64).to(layer)
     new.load_state_dict(state_dict)
     assert torch.equal(new.beta, state_dict['beta'].to(layer))
-    assert new.shift == torch.tensor(0.1, dtype=layer)
+    assert float(new.shift) == pytest.approx(float(torch.tensor(0.1, dtype=layer)), rel=1e-7)
 
 
 @pytest.mark.parametrize('file', [*HALVES, torch.float32])
@@ -317,3 +317,59 @@ def test_loading_where_the_default_device_is_meta(norm, assign):
     assert layer.beta.is_meta != assign
     if assign:
         assert torch.allclose(layer.bias, torch.full((4,), 0.0 if norm is nn.BatchNorm2d else 0.1))
+
+
+# Networks of unusual make
+
+
+@pytest.mark.parametrize('as_state_dict', [False, True])
+def test_what_is_tied_stays_tied(as_state_dict):
+    def network():
+        model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+        for norm in model:
+            nn.init.normal_(norm.bias)
+        model[1].weight, model[1].bias = model[0].weight, model[0].bias
+        model.append(model[0])
+        return model
+
+    def tensors(converted, entry):
+        if as_state_dict:
+            return [converted[f'{i}.{entry}'].data_ptr() for i in range(4)]
+        return [id(getattr(layer, entry)) for layer in converted]
+
+    def is_tied(converted, entry):
+        first, second, third, fourth = tensors(converted, entry)
+        return first == second == fourth != third
+
+    bn = network()
+    there = bn_to_psbn(bn.state_dict() if as_state_dict else bn)
+    assert is_tied(there, 'beta') and is_tied(there, 'weight')
+    back = psbn_to_bn(there)
+    assert is_tied(back, 'bias') and is_tied(back, 'weight')
+
+
+def test_tied_biases_that_are_revived_in_one_layer_only_part():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    model[0].bias.data.fill_(-1)
+    model[1].bias = model[0].bias
+    model[0].weight.data.fill_(0.01)
+    bn_to_psbn(model, revive='collapsed')
+    assert model[0].bias.tolist() == pytest.approx([-0.9] * 2)
+    assert model[1].bias.tolist() == pytest.approx([-1] * 2)
+
+
+@pytest.mark.parametrize('entry', ['weight', 'beta'])
+def test_a_parametrised_psbn_is_refused_in_one_sentence(entry):
+    model = nn.Sequential(PostShiftedBatchNorm2d(4))
+    nn.utils.parametrize.register_parametrization(model[0], entry, nn.Softplus())
+    with pytest.raises(ValueError, match=r'^0 is a Parametrized.*remove its parametrisations'):
+        psbn_to_bn(model)
+    nn.utils.parametrize.remove_parametrizations(model[0], entry)
+    assert type(psbn_to_bn(model)[0]) is nn.BatchNorm2d
+
+
+def test_the_process_group_is_kept():
+    group = object()
+    norm = nn.SyncBatchNorm(4, process_group=group)
+    psbn = bn_to_psbn(norm)
+    assert psbn.process_group is group and psbn_to_bn(psbn).process_group is group
