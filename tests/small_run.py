@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
@@ -75,7 +75,7 @@ def run(work_dir, model, *, hook=None, epochs=2, weight_decay=0.0, lr=0.01, **kw
         default_hooks=dict(logger=dict(type='LoggerHook', interval=4)),
         custom_hooks=[dict(type='CollapseHook', **(dict(interval=4, window=4) | (hook or {})))],
         randomness=dict(seed=0),
-        experiment_name=f'test_{np.random.randint(1 << 30)}',
+        experiment_name=f'test_{uuid.uuid4().hex}',
     )
     settings.update(kwargs)
     runner = Runner(**settings)
