@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from psbn_mmdet.collapse import find_snapshots
+from psbn_mmdet.records import find_snapshots
 from psbn_mmdet.report import read_run
 
 ROOT = Path(__file__).resolve().parents[1]

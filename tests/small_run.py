@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import psbn_mmdet  # noqa: F401
-from psbn_mmdet.collapse import parse_ranges, read_records
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.records import parse_ranges, read_records
 
 KILLED = {'stem.1': [0, 3, 4], 'head.1': [7]}
 

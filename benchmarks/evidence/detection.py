@@ -24,9 +24,9 @@ from psbn_mmdet.checkpoints import (
     rectifiers_of_config,
     write_content,
 )
-from psbn_mmdet.collapse import read_records
 from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.preflight import load_config
+from psbn_mmdet.records import read_records
 from psbn_mmdet.report import find_record
 
 CONFIGS = Path(__file__).resolve().parent / 'configs'

@@ -18,15 +18,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psbn_mmdet.collapse import (
-    KINDS,
-    Census,
-    GradientWatch,
-    census_of_model,
-    find_norms,
-    trace_rectifiers,
-)
+from psbn_mmdet.collapse import Census, GradientWatch, census_of_model, find_norms, trace_rectifiers
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.records import KINDS
 
 BATCH = 32
 WINDOW = 100  # last steps, in which a trapped filter gets no gradient

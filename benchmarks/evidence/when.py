@@ -12,7 +12,7 @@ from common import BLUE, ORANGE, Experiment, mean_ci, table
 from digits import OPTIMISERS, train_from_scratch
 from matplotlib.figure import Figure
 
-from psbn_mmdet.collapse import KINDS
+from psbn_mmdet.records import KINDS
 
 LRS = {
     'sgd': (0.01, 0.03, 0.1, 0.3, 1.0),

@@ -39,8 +39,8 @@ from ..layers import (
     find_norm_states,
     rectifier_closed,
 )
+from ..records import KINDS, stage_of
 
-KINDS = ('vanished', 'dead', 'trapped', 'broken')
 # What follows a layer is not known, and taken for a rectifier.
 ASSUMED = 'assumed'
 
@@ -225,19 +225,6 @@ def find_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def trainable_bias(norm: _BatchNorm) -> nn.Parameter | None:
     """The trained part of a layer's bias: ``beta`` of psBN, ``bias`` of BN."""
     return norm.beta if isinstance(norm, PostShiftedBatchNorm) else norm.bias
-
-
-def stage_of(name: str) -> str:
-    """The part of a network that a layer belongs to, from the layer's name.
-
-    Examples:
-        >>> stage_of('backbone.layer1.0.bn1'), stage_of('neck.fpn_convs.0.bn')
-        ('backbone.layer1', 'neck')
-    """
-    parts = name.split('.')[:-1]
-    if not parts:
-        return name
-    return '.'.join(parts[:2]) if parts[0] == 'backbone' else parts[0]
 
 
 @torch.no_grad()

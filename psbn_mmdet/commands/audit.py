@@ -15,7 +15,13 @@ from ..checkpoints import read_weights, rectifiers_of_config
 from ..collapse import ASSUMED, census_of_state_dict, compare
 from ..layers import find_norm_states
 from ..preflight import load_config
-from ..report import Audit, audit_to_csv, audit_to_dict, audit_to_text, plot_audit
+from ..report.audit_tables import (
+    Audit,
+    audit_to_csv,
+    audit_to_dict,
+    audit_to_text,
+    plot_audit,
+)
 
 
 def percent(text: str) -> float:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import mmengine
-import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -22,26 +15,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..collapse import (
-    RECORD_FILE,
     Census,
     GradientWatch,
-    RecordWriter,
     StepTrace,
     census_of_model,
     check_thresholds,
-    copy_snapshots,
     find_norms,
-    write_snapshot,
 )
 from ..layers import PostShiftedBatchNorm
-from ..version import __version__
 from .epoch_table import EpochTable
 from .history import COUNTS, History, Report
-from .lineage import find_earlier, recall_unstarted, remember_record, remember_unstarted
+from .journal import Journal
+from .lineage import recall_unstarted, remember_unstarted
 from .parts import Parts
+from .refusals import optimizers_of, refuse_model, refuse_weights, unwrapped
+from .scalars import draw_stages, drop_scalars, log_scalars
 from .weight_decay import weight_decay_warning
-
-PREFIX = 'train/collapse/'  # of the scalars in the message hub
 
 
 @HOOKS.register_module()
@@ -123,43 +112,22 @@ class CollapseHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Refuse what psBN or the counting cannot work with, before time is spent on it."""
-        modules = list(runner.model.modules())
-        bases = {base.__name__ for module in modules for base in type(module).__mro__}
-        if bases & {'FullyShardedDataParallel', 'FSDPModule'}:
-            raise RuntimeError(
-                'CollapseHook: FSDP hides the gradients of single channels: train with '
-                'MMDistributedDataParallel, or remove the hook'
-            )
-        has_psbn = any(isinstance(m, PostShiftedBatchNorm) for m in modules)
-        if has_psbn and runner.cfg.get('efficient_conv_bn_eval'):
-            raise RuntimeError(
-                'psBN: efficient_conv_bn_eval of the Runner traces the model with torch.fx, which '
-                'cannot trace psBN: remove efficient_conv_bn_eval from the config'
-            )
+        refuse_model(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to read psBN weights into BN, which would be off by the shift unnoticed."""
-        state_dict = checkpoint.get('state_dict', checkpoint)
-        plain_names = {str(key).removeprefix('module.') for key in state_dict}
-        for name, norm in find_norms(_unwrapped(runner.model)).items():
-            plain = name.removeprefix('module.')  # of the model that test-time augmentation wraps
-            if not isinstance(norm, PostShiftedBatchNorm) and f'{plain}.beta' in plain_names:
-                raise RuntimeError(
-                    f'the checkpoint has psBN weights for {plain}, which is BN in this model: set '
-                    "norm_cfg=dict(type='psBN') or convert the checkpoint with "
-                    'tools/convert_checkpoint.py --to bn'
-                )
+        refuse_weights(unwrapped(runner.model), checkpoint)
 
     def before_train(self, runner: Runner) -> None:
         """Take the baseline, warn of settings without recovery, attach to the optimisers."""
         if not is_main_process():
             return
-        self._model = _unwrapped(runner.model)
+        self._model = unwrapped(runner.model)
         norms = find_norms(self._model)
         if not norms:
             runner.logger.warning('CollapseHook: the model has no BN or psBN layer to watch.')
             return
-        optimizers = _optimizers(runner)
+        optimizers = optimizers_of(runner)
         self._parts = Parts(runner)
         self._parts.run('messages on layers', _log_read_as_bn, runner, norms.values())
         self._parts.run('messages on layers', _warn_of_weight_decay, runner, norms, optimizers)
@@ -207,23 +175,16 @@ class CollapseHook(Hook):
         self._steps = 0  # at the last report
         self._rectifiers: dict[str, str] = {}
         self._table = EpochTable()
-        self._writer: RecordWriter | None = None
-        self._earlier: Path | None = None  # the record that this run continues
-        self._identity = uuid.uuid4().hex
         self._told: set[str] = set()  # layers of which a warning has told
         self._names: set[str] = set()
         start = self._census()
         self._names = {layer.name for layer in start.layers}
-        records = None
         if runner.iter > 0:
             start = recall_unstarted(runner.message_hub, start)
-            found = self._parts.run('earlier records', find_earlier, runner, start)
-            if found:
-                self._earlier, records = found
-        self._history = History(start, records)
-        if self._earlier is not None:
-            snapshots = (self._earlier.parent, runner.log_dir, runner.iter)
-            self._parts.run('snapshots', copy_snapshots, *snapshots)
+        settings = dict(interval=self.interval, window=self.window, tau=self.tau, k=self.k)
+        shifts = {name: getattr(norm, 'shift_value', 0.0) for name, norm in norms.items()}
+        self._journal = Journal(self._parts, shifts, settings)
+        self._history = History(start, self._journal.begin(runner, start))
         self._parts.run('snapshots', self._keep_snapshot, runner)
         if self.window > self.interval:
             runner.logger.info(
@@ -280,11 +241,11 @@ class CollapseHook(Hook):
         trapped = watch.trapped(since) if steps and since >= self._begin else {}
         now = self._census()
         report = self._history.add(now, self._rectifiers, trapped, watch.reached())
-        self._log_scalars(runner, report)
+        log_scalars(runner.message_hub, report, self.scalars, self.by_stage)
         self._warn(runner, report, steps)
         self._table.add(runner.iter + 1, report)
         remember_unstarted(runner.message_hub, self._history.unstarted)
-        self._parts.run('records', self._write, runner, report, steps)
+        self._parts.run('records', self._journal.write, runner, report, steps)
 
     def _warn(self, runner: Runner, report: Report, steps: int) -> None:
         if steps == 0:
@@ -309,93 +270,20 @@ class CollapseHook(Hook):
                 f'{", ".join(sorted(added))}.'
             )
 
-    def _log_scalars(self, runner: Runner, report: Report) -> None:
-        total = report.total
-        scalars = {name: total[name] for name in self.scalars}
-        if 'broken' not in scalars:
-            scalars['broken'] = total['broken'] or None
-        if self.by_stage:
-            scalars.update(report.by_stage('collapsed'))
-        for name, value in scalars.items():
-            if value is None:
-                # The log processor repeats old values; an absent one is not taken for 0.
-                runner.message_hub.log_scalars.pop(PREFIX + name, None)
-            else:
-                runner.message_hub.update_scalar(PREFIX + name, value)
-
-    def _write(self, runner: Runner, report: Report, steps: int) -> None:
-        if self._writer is None:
-            self._writer = self._begin_record(runner, report.census)
-        rates = runner.optim_wrapper.get_lr().items()
-        self._writer.append(
-            {
-                'iter': runner.iter + 1,
-                'epoch': runner.epoch + 1,
-                'lr': {name: float(rate[0]) for name, rate in rates},  # may be tensors
-                'steps': steps,
-                **report.to_json(),
-            }
-        )
-        remember_record(runner.message_hub, self._writer.path, self._identity)
-
-    def _begin_record(self, runner: Runner, now: Census) -> RecordWriter:
-        earlier = self._earlier
-        continues = earlier and os.path.relpath(earlier.parent, runner.log_dir)
-        header = {
-            'id': self._identity,
-            'layers': [
-                {
-                    'name': layer.name,
-                    'channels': layer.channels,
-                    'norm': layer.norm,
-                    'shift': getattr(self._model.get_submodule(layer.name), 'shift_value', 0.0),
-                    'rectifier': layer.rectifier,
-                    'frozen': layer.frozen,
-                }
-                for layer in now.layers
-            ],
-            'interval': self.interval,
-            'window': self.window,
-            'tau': self.tau,
-            'k': self.k,
-            'continues': continues,
-            'versions': {
-                'psbn_mmdet': __version__,
-                'torch': torch.__version__,
-                'mmengine': mmengine.__version__,
-            },
-        }
-        return RecordWriter(Path(runner.log_dir) / RECORD_FILE, header, earlier, self._begin)
-
     def _keep_snapshot(self, runner: Runner) -> None:
-        now = self._census()
-        write_snapshot(runner.log_dir, runner.iter, now.values('gamma'), now.values('bias'))
+        self._journal.keep(runner, self._census())
 
     def _log_table(self, runner: Runner) -> None:
         table, self._table = self._table, EpochTable()
         runner.logger.info(table.render(runner.iter, self._judged()))
 
     def _draw(self, runner: Runner) -> None:
-        backend = runner.visualizer.get_backend('TensorboardVisBackend')
-        if backend is None:
-            return
-        for stage, part in self._judged().stages().items():
-            last = self._history.collapsed
-            collapsed = sum(
-                int(last.get(layer.name, layer.collapsed).sum()) for layer in part.layers
-            )
-            backend.add_scalar(f'collapsed/{stage}', collapsed, runner.iter)
-            for what in ('gamma', 'bias'):
-                values = part.values(what)
-                values = values[np.isfinite(values)]
-                if len(values):  # TensorBoard refuses a histogram of nothing
-                    backend.experiment.add_histogram(f'{what}/{stage}', values, runner.iter)
+        draw_stages(runner, self._judged(), self._history.collapsed)
 
     def _stop(self, runner: Runner) -> None:
         """Count no more, and let no log line repeat the last numbers."""
         self._detach()
-        for key in [key for key in runner.message_hub.log_scalars if key.startswith(PREFIX)]:
-            del runner.message_hub.log_scalars[key]
+        drop_scalars(runner.message_hub)
 
     def _detach(self) -> None:
         if self._watch is not None:
@@ -404,10 +292,6 @@ class CollapseHook(Hook):
         if self._trace is not None:
             self._trace.close()
             self._trace = None
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
 def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:
@@ -425,16 +309,3 @@ def _warn_of_weight_decay(
     warning = weight_decay_warning(norms, optimizers, runner.cfg.get('optim_wrapper') or {})
     if warning:
         runner.logger.warning(warning)
-
-
-def _optimizers(runner: Runner) -> list[Optimizer]:
-    wrapper = runner.optim_wrapper
-    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    optimizers = [wrapper.optimizer for wrapper in wrappers]
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):  # such as DeepSpeed's
-            raise RuntimeError(
-                f'CollapseHook: {type(optimizer).__name__} is no torch.optim.Optimizer, its steps '
-                'cannot be watched: train with one that is, or remove the hook'
-            )
-    return optimizers

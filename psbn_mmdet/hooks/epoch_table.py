@@ -7,7 +7,8 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from ..collapse import KINDS, Census
+from ..collapse import Census
+from ..records import KINDS
 from .history import Report, add, report_of
 
 COLUMNS = ('unstarted', *KINDS, 'collapsed')

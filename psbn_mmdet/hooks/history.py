@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..collapse import KINDS, Census, Records, format_ranges
+from ..collapse import Census
+from ..records import KINDS, Records, format_ranges
 
 COUNTS = (*KINDS, 'collapsed', 'new', 'revived', 'unstarted')
 

@@ -15,7 +15,8 @@ import numpy as np
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 
-from ..collapse import RECORD_FILE, Census, Records, format_ranges, parse_ranges, read_records
+from ..collapse import Census
+from ..records import RECORD_FILE, Records, format_ranges, parse_ranges, read_records
 
 RECORD, UNSTARTED = 'collapse/record', 'collapse/unstarted'  # in the runtime information
 

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..atomic import replacing
-from ..collapse import Census, LayerCensus, compare, format_ranges
+from ..collapse import Census, LayerCensus, compare
+from ..records import format_ranges
 from .channels import BLUE, draw_channels
 from .style import STYLE, shorten
 

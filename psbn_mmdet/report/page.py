@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from ..atomic import replacing
-from ..collapse import format_ranges
+from ..records import format_ranges
 from .figures import FIGURES
 from .runs import Run, read_run
 from .stages import COLUMNS, stage_rows

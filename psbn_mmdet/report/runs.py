@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..collapse import (
+from ..records import (
     KINDS,
     RECORD_FILE,
     find_snapshots,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..collapse import KINDS
+from ..records import KINDS
 from .runs import Run
 
 COLUMNS = (

@@ -10,7 +10,7 @@ import torch
 from mmdet.models.backbones import ResNet
 from torch import nn
 
-from psbn_mmdet.collapse import census_of_model, census_of_state_dict, stage_of
+from psbn_mmdet.collapse import census_of_model, census_of_state_dict
 from psbn_mmdet.layers import PostShiftedBatchNorm2d, bn_to_psbn
 
 
@@ -80,21 +80,6 @@ def test_thresholds_out_of_range_are_refused(tau, k):
     bad = tau if not 0 <= tau < 1 else k
     with pytest.raises(ValueError, match=str(bad)):
         census_of_model(nn.BatchNorm2d(4), tau=tau, k=k)
-
-
-@pytest.mark.parametrize(
-    ('name', 'stage'),
-    [
-        ('backbone.layer1.0.bn1', 'backbone.layer1'),
-        ('backbone.bn1', 'backbone'),
-        ('neck.fpn_convs.0.bn', 'neck'),
-        ('roi_head.bbox_head.shared_convs.0.bn', 'roi_head'),
-        ('layer4.2.downsample.1', 'layer4'),
-        ('bn', 'bn'),
-    ],
-)
-def test_stages(name, stage):
-    assert stage_of(name) == stage
 
 
 def test_a_layer_as_initialised_has_lost_nothing():

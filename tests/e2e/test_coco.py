@@ -7,14 +7,16 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import psbn_mmdet  # noqa: F401
-from psbn_mmdet.collapse import read_records
+from psbn_mmdet.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = ROOT.parent / 'shared/data/coco_tiny'
 
 
 @pytest.mark.skipif(not COCO.is_dir(), reason='needs a part of COCO 2017 in shared/data/coco_tiny')
-@pytest.mark.parametrize('name', ['faster-rcnn_r50_fpn_psbn_1x_coco', 'retinanet_r50_fpn_psbn_1x_coco'])
+@pytest.mark.parametrize(
+    'name', ['faster-rcnn_r50_fpn_psbn_1x_coco', 'retinanet_r50_fpn_psbn_1x_coco']
+)
 def test_a_detector_that_has_not_begun_has_no_collapsed_filter(tmp_path, monkeypatch, name):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/coco').symlink_to(COCO)

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from psbn_mmdet.collapse import read_records
+from psbn_mmdet.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """

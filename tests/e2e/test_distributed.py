@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from psbn_mmdet.collapse import parse_ranges, read_records
+from psbn_mmdet.records import parse_ranges, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 

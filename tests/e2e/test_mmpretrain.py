@@ -14,8 +14,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from psbn_mmdet.collapse import read_records
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.records import read_records
 
 pytest.importorskip('mmpretrain')
 CONFIG = Path(__file__).resolve().parents[2] / 'configs/mmpretrain/resnet18_psbn_8xb16_cifar10.py'

@@ -11,9 +11,9 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from small_run import KILLED, Classifier, channels_of, records_of, run, texts
 from torch import nn
 
-from psbn_mmdet.collapse import find_snapshots, read_snapshot
 from psbn_mmdet.hooks import CollapseHook
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.records import find_snapshots, read_snapshot
 
 
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d, PostShiftedBatchNorm2d])

@@ -11,9 +11,10 @@ import torch
 from small_run import Classifier, channels_of, records_of, run, texts
 from torch import nn
 
-from psbn_mmdet.collapse import GradientWatch, find_snapshots
-from psbn_mmdet.hooks import collapse_hook, history, lineage
+from psbn_mmdet.collapse import GradientWatch
+from psbn_mmdet.hooks import collapse_hook, history, journal, lineage
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.records import find_snapshots
 
 
 def trained(work_dir, **kwargs):
@@ -39,11 +40,11 @@ FAULTS = {  # what fails, and the part that is off then
     'watching the optimiser': ((collapse_hook, 'GradientWatch'), 'counts'),
     'reading gradients': ((GradientWatch, 'reached'), 'counts'),
     'comparing': ((history.History, 'add'), 'counts'),
-    'logging scalars': ((collapse_hook.CollapseHook, '_log_scalars'), 'counts'),
-    'making the record': ((collapse_hook, 'RecordWriter'), 'records'),
-    'appending to the record': ((collapse_hook.RecordWriter, 'append'), 'records'),
-    'naming the record': ((collapse_hook, 'remember_record'), 'records'),
-    'writing a snapshot': ((collapse_hook, 'write_snapshot'), 'snapshots'),
+    'logging scalars': ((collapse_hook, 'log_scalars'), 'counts'),
+    'making the record': ((journal, 'RecordWriter'), 'records'),
+    'appending to the record': ((journal.RecordWriter, 'append'), 'records'),
+    'naming the record': ((journal, 'remember_record'), 'records'),
+    'writing a snapshot': ((journal, 'write_snapshot'), 'snapshots'),
     'watching steps': ((collapse_hook, 'StepTrace'), 'dead filters'),
     'drawing the table': ((collapse_hook.EpochTable, 'render'), 'tables'),
     'speaking of layers': ((collapse_hook, '_log_read_as_bn'), 'messages on layers'),
@@ -86,7 +87,7 @@ def test_counting_that_fails_later_leaves_no_old_number_in_the_log(tmp_path, mon
 
 
 def test_a_disk_that_is_full_for_a_while_leaves_the_record_whole(tmp_path, monkeypatch):
-    append, calls = collapse_hook.RecordWriter.append, []
+    append, calls = journal.RecordWriter.append, []
 
     def failing(writer, report):
         calls.append(1)
@@ -96,7 +97,7 @@ def test_a_disk_that_is_full_for_a_while_leaves_the_record_whole(tmp_path, monke
             fail()
         append(writer, report)
 
-    monkeypatch.setattr(collapse_hook.RecordWriter, 'append', failing)
+    monkeypatch.setattr(journal.RecordWriter, 'append', failing)
     runner = trained(tmp_path)
     assert [r['iter'] for r in records_of(runner).reports] == [4, 8]
     assert len(calls) == 3 and texts(tmp_path).count('collapse/collapsed') == 6

@@ -10,8 +10,8 @@ import torch
 from small_run import Classifier, records_of, run, texts
 from torch import nn
 
-from psbn_mmdet.collapse import find_snapshots
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.records import find_snapshots
 
 
 def resumable(tmp_path, epochs, **kwargs):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psbn_mmdet.collapse import RecordWriter, format_ranges, write_snapshot
+from psbn_mmdet.records import RecordWriter, format_ranges, write_snapshot
 
 KINDS = ('vanished', 'dead', 'trapped', 'collapsed', 'new', 'revived')
 RESNET50 = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psbn_mmdet.collapse import read_records, write_snapshot
+from psbn_mmdet.records import read_records, write_snapshot
 from psbn_mmdet.report import find_record, read_run
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from psbn_mmdet.collapse import copy_snapshots, find_snapshots, read_snapshot, write_snapshot
+from psbn_mmdet.records import copy_snapshots, find_snapshots, read_snapshot, write_snapshot
 
 GAMMA, SHIFT = np.array([1.0, 0.5, 1e6]), np.array([0.0, -0.1, np.nan])
 

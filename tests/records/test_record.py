@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from psbn_mmdet.collapse import RecordWriter, format_ranges, parse_ranges, read_records
+from psbn_mmdet.records import RecordWriter, format_ranges, parse_ranges, read_records
 
 HEADER = dict(layers=[dict(name='bn', channels=8)], tau=1e-3)
 

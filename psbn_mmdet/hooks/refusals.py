@@ -1,0 +1,76 @@
+"""What psBN or the counting cannot work with, refused before time is spent on it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import Runner
+from torch import nn
+from torch.optim import Optimizer
+
+from ..collapse import find_norms
+from ..layers import PostShiftedBatchNorm
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, out of a wrapper such as DDP's."""
+    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
+
+
+def refuse_model(runner: Runner) -> None:
+    """Refuse models and settings of the Runner.
+
+    Raises:
+        RuntimeError: If the model is under FSDP, or if it has psBN and the Runner is to trace it.
+    """
+    modules = list(runner.model.modules())
+    bases = {base.__name__ for module in modules for base in type(module).__mro__}
+    if bases & {'FullyShardedDataParallel', 'FSDPModule'}:
+        raise RuntimeError(
+            'CollapseHook: FSDP hides the gradients of single channels: train with '
+            'MMDistributedDataParallel, or remove the hook'
+        )
+    has_psbn = any(isinstance(m, PostShiftedBatchNorm) for m in modules)
+    if has_psbn and runner.cfg.get('efficient_conv_bn_eval'):
+        raise RuntimeError(
+            'psBN: efficient_conv_bn_eval of the Runner traces the model with torch.fx, which '
+            'cannot trace psBN: remove efficient_conv_bn_eval from the config'
+        )
+
+
+def refuse_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Refuse psBN weights for BN, which would be off by the shift unnoticed.
+
+    Raises:
+        RuntimeError: If there are any.
+    """
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    plain_names = {str(key).removeprefix('module.') for key in state_dict}
+    for name, norm in find_norms(model).items():
+        plain = name.removeprefix('module.')  # of the model that test-time augmentation wraps
+        if not isinstance(norm, PostShiftedBatchNorm) and f'{plain}.beta' in plain_names:
+            raise RuntimeError(
+                f'the checkpoint has psBN weights for {plain}, which is BN in this model: set '
+                "norm_cfg=dict(type='psBN') or convert the checkpoint with "
+                'tools/convert_checkpoint.py --to bn'
+            )
+
+
+def optimizers_of(runner: Runner) -> list[Optimizer]:
+    """All optimisers of a training.
+
+    Raises:
+        RuntimeError: If one is not torch's, since its steps cannot be watched.
+    """
+    wrapper = runner.optim_wrapper
+    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    optimizers = [wrapper.optimizer for wrapper in wrappers]
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):  # such as DeepSpeed's
+            raise RuntimeError(
+                f'CollapseHook: {type(optimizer).__name__} is no torch.optim.Optimizer, its steps '
+                'cannot be watched: train with one that is, or remove the hook'
+            )
+    return optimizers

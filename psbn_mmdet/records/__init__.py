@@ -1,0 +1,31 @@
+"""What a run writes down of its collapse: the record and the snapshots. Needs NumPy only."""
+
+from .names import KINDS, stage_of
+from .record import (
+    RECORD_FILE,
+    Records,
+    RecordWriter,
+    format_ranges,
+    parse_ranges,
+    read_records,
+    stream_json,
+    stream_records,
+)
+from .snapshots import copy_snapshots, find_snapshots, read_snapshot, write_snapshot
+
+__all__ = [
+    'KINDS',
+    'RECORD_FILE',
+    'RecordWriter',
+    'Records',
+    'copy_snapshots',
+    'find_snapshots',
+    'format_ranges',
+    'parse_ranges',
+    'read_records',
+    'read_snapshot',
+    'stage_of',
+    'stream_json',
+    'stream_records',
+    'write_snapshot',
+]

@@ -1,0 +1,18 @@
+"""The words of a record: the kinds of collapse, and the stages of a network."""
+
+from __future__ import annotations
+
+KINDS = ('vanished', 'dead', 'trapped', 'broken')  # see psbn_mmdet.collapse.census
+
+
+def stage_of(name: str) -> str:
+    """The part of a network that a layer belongs to, from the layer's name.
+
+    Examples:
+        >>> stage_of('backbone.layer1.0.bn1'), stage_of('neck.fpn_convs.0.bn')
+        ('backbone.layer1', 'neck')
+    """
+    parts = name.split('.')[:-1]
+    if not parts:
+        return name
+    return '.'.join(parts[:2]) if parts[0] == 'backbone' else parts[0]
