@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic import replacing
-from ..layers import find_norm_states
+from ..layers import entry_key, find_norm_states
+from ..records import UNSTARTED_INFO, parse_ranges
 from ..safe_globals import load_plain
 from .onnx import read_onnx
 
 # What wraps a network and puts its name before every key.
 _WRAPPERS = ('module.', '_orig_mod.')
+_RANGES = r'(\d{1,9}(-\d{1,9})?(,|$))*'  # of channels
 
 
 class CheckpointError(ValueError):
@@ -37,6 +40,8 @@ class Weights:
         others (list[str]): Where further state dicts stand, such as 'ema_state_dict'.
         roles (dict[str, str]): What the state dicts are, where an average is among them.
         rectifiers (dict[str, str]): What follows each layer, where the file tells (ONNX).
+        unstarted (dict[str, np.ndarray]): Channels that have not begun, bool of shape (C,) by
+            layer, where the file tells (CollapseHook has been in the run that saved it).
     """
 
     state_dict: Mapping[str, Any]
@@ -44,6 +49,7 @@ class Weights:
     others: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     rectifiers: dict[str, str] = field(default_factory=dict)
+    unstarted: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class SafetensorsContent(dict):
@@ -209,7 +215,25 @@ def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
     others = [name for name in found if name != key]
     wrapper = wrapper_of(found[key])
     names = {str(name).removeprefix(wrapper): value for name, value in found[key].items()}
-    return Weights(names, key, others, _roles(found))
+    unstarted = _unstarted(content, find_norm_states(names), names)
+    return Weights(names, key, others, _roles(found), unstarted=unstarted)
+
+
+def _unstarted(
+    content: dict, layers: Iterable[str], state_dict: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    info: Any = content
+    for key in ('message_hub', 'runtime_info', UNSTARTED_INFO):
+        info = info.get(key) if isinstance(info, dict) else None
+    if not isinstance(info, dict):
+        return {}
+    sizes = {name: len(state_dict[entry_key(name, 'running_var')]) for name in layers}
+    texts = {name: str(info.get(name, '')) for name in sizes}
+    return {
+        name: parse_ranges(text, sizes[name])
+        for name, text in texts.items()
+        if re.fullmatch(_RANGES, text)
+    }
 
 
 def _roles(found: Mapping[str, dict]) -> dict[str, str]:

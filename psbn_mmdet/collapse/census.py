@@ -14,10 +14,11 @@ Four facts are told apart, each per BN channel with its gamma and the bias b tha
 *Collapsed* is vanished, dead, trapped or broken, as far as each is known for the layer.
 
 An *unstarted* filter is none of these: it has lost nothing, since it has not begun. Filters are
-unstarted in a layer that is as its initialisation left it: all its gammas are equal, and so are
-all its biases, which no training leaves so. Among them are those that ``zero_init_residual`` starts
-at gamma = 0. In training a filter begins once a gradient has reached it and ``|gamma| > tau``. In a
-layer of a checkpoint all have begun.
+unstarted in a layer that is as its initialisation left it: all its gammas are equal, so are all its
+biases, and its running statistics are 0 and 1, if it has any. Among them are those that
+``zero_init_residual`` starts at gamma = 0. In training a filter begins once a gradient has reached
+it and ``|gamma| > tau``. In a layer that has been trained, such as one of a checkpoint, all have
+begun, unless the training has told otherwise.
 """
 
 from __future__ import annotations
@@ -160,7 +161,10 @@ class Census:
         trapped: Mapping[str, np.ndarray] | None = None,
         unstarted: Mapping[str, np.ndarray] | None = None,
     ) -> Census:
-        """The same parameters, judged by what is known now; for the arguments see the functions."""
+        """The same parameters, judged by what is known now; for the arguments see the functions.
+
+        In layers that are not in ``unstarted`` the filters stay unstarted that were.
+        """
         return Census(
             [
                 _judge(
@@ -173,7 +177,7 @@ class Census:
                     self.k,
                     (rectifiers or {}).get(layer.name),
                     (trapped or {}).get(layer.name),
-                    (unstarted or {}).get(layer.name),
+                    (unstarted or {}).get(layer.name, layer.unstarted),
                 )
                 for layer in self.layers
             ],
@@ -296,7 +300,7 @@ def census_of_model(
                 k,
                 (rectifiers or {}).get(name),
                 (trapped or {}).get(name),
-                (unstarted or {}).get(name),
+                _unstarted(name, gamma, bias, norm.running_mean, norm.running_var, unstarted),
             )
         )
     return Census(layers, tau, k)
@@ -308,6 +312,7 @@ def census_of_state_dict(
     tau: float = 1e-3,
     k: float = 3.0,
     rectifiers: Mapping[str, str] | None = None,
+    unstarted: Mapping[str, np.ndarray] | None = None,
 ) -> Census:
     """Count the collapsed filters in a state dict, from the parameters alone.
 
@@ -317,6 +322,7 @@ def census_of_state_dict(
         tau (float): See :func:`census_of_model`.
         k (float): See :func:`census_of_model`.
         rectifiers (Mapping[str, str], optional): See :func:`census_of_model`.
+        unstarted (Mapping[str, np.ndarray], optional): See :func:`census_of_model`.
 
     Returns:
         Census: With one entry per layer, in the order of the file; none is taken for frozen.
@@ -334,7 +340,9 @@ def census_of_state_dict(
         if norm == 'psBN':
             bias = bias + np.float32(state_dict[entry_key(name, 'shift')])
         rectifier = (rectifiers or {}).get(name)
-        layers.append(_judge(name, norm, gamma, bias, False, tau, k, rectifier, None, None))
+        mean, var = (state_dict.get(entry_key(name, f'running_{what}')) for what in ('mean', 'var'))
+        fresh = _unstarted(name, gamma, bias, mean, var, unstarted)
+        layers.append(_judge(name, norm, gamma, bias, False, tau, k, rectifier, None, fresh))
     return Census(layers, tau, k)
 
 
@@ -348,10 +356,8 @@ def _judge(
     k: float,
     rectifier: str | None,
     trapped: np.ndarray | None,
-    unstarted: np.ndarray | None,
+    unstarted: np.ndarray,
 ) -> LayerCensus:
-    if unstarted is None:
-        unstarted = np.full(len(gamma), _as_initialised(gamma, bias))
     begun = ~unstarted
     with np.errstate(invalid='ignore'):  # NaN and infinity are broken, and nothing else
         vanished = (np.abs(gamma) <= tau) & begun
@@ -371,9 +377,22 @@ def _judge(
     )
 
 
-def _as_initialised(gamma: np.ndarray, bias: np.ndarray) -> bool:
-    """Whether all gammas are equal, and all biases; one channel alone tells nothing."""
-    return len(gamma) > 1 and bool((gamma == gamma[0]).all() and (bias == bias[0]).all())
+def _unstarted(
+    name: str,
+    gamma: np.ndarray,
+    bias: np.ndarray,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    known: Mapping[str, np.ndarray] | None,
+) -> np.ndarray:
+    """The channels that have not begun: those that are known, or all of a layer as initialised."""
+    if known is not None and name in known:
+        return known[name]
+    # One channel alone tells nothing.
+    alike = len(gamma) > 1 and bool((gamma == gamma[0]).all() and (bias == bias[0]).all())
+    if alike and mean is not None and var is not None:
+        alike = bool((mean == 0).all() and (var == 1).all())
+    return np.full(len(gamma), alike)
 
 
 def _to_numpy(tensors: Iterable[torch.Tensor]) -> np.ndarray:

@@ -83,7 +83,11 @@ def make_audit(args: argparse.Namespace) -> Audit:
         known = weights.rectifiers if of_config is None else of_config
         rectifiers = dict.fromkeys(find_norm_states(weights.state_dict), ASSUMED) | known
         census = census_of_state_dict(
-            weights.state_dict, tau=args.tau, k=args.k, rectifiers=rectifiers
+            weights.state_dict,
+            tau=args.tau,
+            k=args.k,
+            rectifiers=rectifiers,
+            unstarted=weights.unstarted,
         )
         if not census.layers:
             raise ValueError(f'{path} has only BN without gamma or bias: there is nothing to audit')

@@ -16,27 +16,34 @@ from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 
 from ..collapse import Census
-from ..records import RECORD_FILE, Records, format_ranges, parse_ranges, read_records
-
-RECORD, UNSTARTED = 'collapse/record', 'collapse/unstarted'  # in the runtime information
+from ..records import (
+    RECORD_FILE,
+    RECORD_INFO,
+    UNSTARTED_INFO,
+    Records,
+    format_ranges,
+    parse_ranges,
+    read_records,
+)
 
 
 def remember_record(hub: MessageHub, record: Path, identity: str) -> None:
     """Have checkpoints carry a record's identity from now on."""
     folder = record.resolve().parent
-    hub.update_info(RECORD, {'id': identity, 'name': folder.name, 'folder': str(folder)})
+    hub.update_info(RECORD_INFO, {'id': identity, 'name': folder.name, 'folder': str(folder)})
 
 
 def remember_unstarted(hub: MessageHub, unstarted: Mapping[str, np.ndarray]) -> None:
     """Have checkpoints carry the filters that have not begun, by layer."""
     hub.update_info(
-        UNSTARTED, {name: format_ranges(mask) for name, mask in unstarted.items() if mask.any()}
+        UNSTARTED_INFO,
+        {name: format_ranges(mask) for name, mask in unstarted.items() if mask.any()},
     )
 
 
 def recall_unstarted(hub: MessageHub, start: Census) -> Census:
     """The census of a resumed run's start, with the filters that had not begun in the earlier."""
-    ranges = hub.get_info(UNSTARTED)
+    ranges = hub.get_info(UNSTARTED_INFO)
     if ranges is None:  # saved without the hook
         return start
     return start.judged(
@@ -58,7 +65,7 @@ def find_earlier(runner: Runner, start: Census) -> tuple[Path, Records] | None:
         tuple[Path, Records], optional: The record, its header and its last report up to the
         iteration that is resumed at.
     """
-    named: dict[str, Any] | None = runner.message_hub.get_info(RECORD)
+    named: dict[str, Any] | None = runner.message_hub.get_info(RECORD_INFO)
     if named is None:
         runner.logger.info(
             'CollapseHook: the checkpoint names no record (it was saved without the hook, or '

@@ -1,6 +1,6 @@
 """What a run writes down of its collapse: the record and the snapshots. Needs NumPy only."""
 
-from .names import KINDS, stage_of
+from .names import KINDS, RECORD_INFO, UNSTARTED_INFO, stage_of
 from .record import (
     RECORD_FILE,
     Records,
@@ -16,6 +16,8 @@ from .snapshots import copy_snapshots, find_snapshots, read_snapshot, write_snap
 __all__ = [
     'KINDS',
     'RECORD_FILE',
+    'RECORD_INFO',
+    'UNSTARTED_INFO',
     'RecordWriter',
     'Records',
     'copy_snapshots',

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 KINDS = ('vanished', 'dead', 'trapped', 'broken')  # see psbn_mmdet.collapse.census
+# Keys of MMEngine's runtime information, which is in each checkpoint of a run.
+RECORD_INFO = 'collapse/record'  # the record's identity
+UNSTARTED_INFO = 'collapse/unstarted'  # channels that have not begun, as ranges by layer
 
 
 def stage_of(name: str) -> str:

@@ -151,8 +151,8 @@ def audit_to_text(audit: Audit) -> str:
         lines.append(f'{hidden} of {len(rows)} layers have none and are not shown.')
     if audit.census.count('unstarted'):
         lines.append(
-            f'{audit.census.count("unstarted")} filters are unstarted, in layers as initialised '
-            '(all gammas are equal, and all biases): they have not begun, and lost nothing.'
+            f'{audit.census.count("unstarted")} filters are unstarted: their layers are as '
+            'initialised, or the run that saved them says so. They have lost nothing.'
         )
     if audit.census.count('broken'):
         lines.append('Broken filters have a gamma or bias that is not a finite number.')

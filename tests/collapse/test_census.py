@@ -98,6 +98,19 @@ def test_a_layer_as_initialised_has_lost_nothing():
     assert found['0'].unstarted.sum() == 0 and found['0'].vanished.all() and found['0'].dead.any()
 
 
+def test_a_layer_whose_gammas_are_all_0_has_vanished_if_its_statistics_moved():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    for norm in model:
+        nn.init.zeros_(norm.weight)
+    model[1](torch.randn(2, 4, 3, 3))  # in training
+    model[2].running_var.fill_(2)  # the mean alone would not tell
+    for found in (census_of_model(model), census_of_state_dict(model.state_dict())):
+        assert [int(layer.vanished.sum()) for layer in found.layers] == [0, 4, 4]
+        assert [int(layer.unstarted.sum()) for layer in found.layers] == [4, 0, 0]
+        known = found.judged(unstarted={'1': np.array([True, False, False, False])})
+        assert [int(layer.vanished.sum()) for layer in known.layers] == [0, 3, 4]
+
+
 def test_channels_that_are_said_to_be_unstarted_are_neither_of_the_kinds():
     model = nn.Sequential(nn.BatchNorm2d(3))
     model[0].weight.data = torch.tensor([0.0, 0.0, 1.0])

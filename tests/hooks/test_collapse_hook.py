@@ -11,6 +11,8 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from small_run import KILLED, Classifier, channels_of, records_of, run, texts
 from torch import nn
 
+from psbn_mmdet.checkpoints import read_content, read_weights
+from psbn_mmdet.collapse import census_of_state_dict
 from psbn_mmdet.hooks import CollapseHook
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.records import find_snapshots, read_snapshot
@@ -227,6 +229,25 @@ def test_a_run_from_scratch_starts_with_nothing_collapsed(tmp_path):
         assert report['total']['collapsed'] == report['total']['vanished'] == 0
     assert channels_of(records, report, 'unstarted') == {'head.1': list(range(8))}
     assert 0 < runner.model.head[1].weight.detach().abs().max() < 1e-3
+
+
+def test_the_run_s_checkpoints_tell_which_filters_have_not_begun(tmp_path):
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=2))
+    run(tmp_path, FromScratch(), lr=1e-5, epochs=2, default_hooks=hooks)
+    found = read_weights(tmp_path / 'epoch_2.pth')
+    assert {name: mask.sum() for name, mask in found.unstarted.items()} == {
+        'stem.1': 0,
+        'head.1': 8,
+    }
+    told = census_of_state_dict(found.state_dict, unstarted=found.unstarted)
+    assert (told.count('unstarted'), told.count('vanished')) == (8, 0)
+    assert census_of_state_dict(found.state_dict).count('vanished') == 8
+    content = read_content(tmp_path / 'epoch_2.pth')
+    for lie in ([], {'head.1': 'no', 'stem.1': 7}, {'head.1': '1--2', 'stem.1': '3-' + '9' * 5000}):
+        content['message_hub']['runtime_info']['collapse/unstarted'] = lie
+        torch.save(content, tmp_path / 'other.pth')
+        masks = read_weights(tmp_path / 'other.pth').unstarted
+        assert masks.keys() <= {'stem.1', 'head.1'} and all(m.shape == (8,) for m in masks.values())
 
 
 def test_a_filter_begins_with_a_gradient_and_a_gamma_above_tau(tmp_path):
