@@ -63,7 +63,7 @@ def evaluating(model: ResNet) -> ResNet:
     return model
 
 
-def effective_shifts(module: nn.Module) -> torch.Tensor:
+def effective_biases(module: nn.Module) -> torch.Tensor:
     return torch.cat([m.bias.detach() for m in module.modules() if isinstance(m, _BatchNorm)])
 
 
@@ -489,7 +489,7 @@ def test_bn_to_psbn_and_back_keep_the_function(image, training, shift):
     for converted in (psbn, bn):
         for a, b in zip(converted(image), expected):
             assert torch.allclose(a, b, atol=1e-4)
-    assert torch.allclose(effective_shifts(bn), effective_shifts(model), atol=1e-6)
+    assert torch.allclose(effective_biases(bn), effective_biases(model), atol=1e-6)
 
 
 @pytest.mark.parametrize(

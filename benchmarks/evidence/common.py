@@ -235,7 +235,7 @@ def revival_steps(
     filter opens where ``beta + shift + reach * |gamma| > 0``.
 
     Args:
-        b (float): Effective shift at the start, ``beta + shift``.
+        b (float): Bias at the start, ``beta + shift``.
         shift (float): The constant alpha.
         lr (float): Learning rate.
         weight_decay (float): Coefficient of the L2 penalty.
