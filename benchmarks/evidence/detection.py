@@ -1,4 +1,4 @@
-"""Detectors with collapsed filters, finetuned on photographs: BN, psBN, psBN with revival.
+"""Detectors with collapsed filters, finetuned on photographs: what psBN, recovery and revival do.
 
 Faster R-CNN and RetinaNet (ResNet-18, FPN) are pretrained with BN on the drawn data until filters
 collapse, then finetuned on photographs of blood cells, with statistics fixed (norm_eval) or not,
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from common import BLUE, GREEN, GREY, IMAGES, RED, ROOT, Experiment, mean_ci, table
+from common import BLUE, GREEN, GREY, IMAGES, ORANGE, RED, ROOT, Experiment, mean_ci, table
 from matplotlib.figure import Figure
 
 from psbn_mmdet.checkpoints import (
@@ -31,7 +31,7 @@ from psbn_mmdet.report import find_record
 
 CONFIGS = Path(__file__).resolve().parent / 'configs'
 LEARNING_RATES = {'faster-rcnn': 0.005, 'retinanet': 0.0025}  # the baselines', for 4 images
-ARMS = ('BN', 'psBN', 'psBN, revived')
+ARMS = ('BN', 'psBN', 'psBN, recovery', 'psBN, revived')
 REVIVE_SHIFT = 0.02  # of what opens the filters without much change of the outputs
 SEEDS = 3
 
@@ -106,9 +106,10 @@ class Detection:
         work_dir = self.folder / detector / name
         kind = 'BN' if arm == 'BN' else 'psBN'
         parts = ['backbone', 'neck'] + (['bbox_head'] if detector == 'retinanet' else [])
-        start = last_checkpoint(pretrained) if arm in ARMS[:2] else pretrained / 'revived.pth'
+        start = last_checkpoint(pretrained) if arm in ARMS[:3] else pretrained / 'revived.pth'
+        recovery = '_recovery' if arm == 'psBN, recovery' else ''
         train(
-            CONFIGS / f'{detector}_r18_fpn_photographs.py',
+            CONFIGS / f'{detector}_r18_fpn_photographs{recovery}.py',
             work_dir,
             **{f'model.{part}.norm_cfg.type': kind for part in parts},
             **{
@@ -167,7 +168,7 @@ def main() -> None:
     pretrained = experiment.run(networks, detection.pretrain, jobs)
     settings = [
         dict(detector=detector, arm=arm, norm_eval=norm_eval, times=times, seed=seed)
-        for arms in (ARMS[:2], ARMS[2:])
+        for arms in (ARMS[:3], ARMS[3:])
         for seed in range(1 if experiment.quick else SEEDS)
         for times in ((1,) if experiment.quick else (1, 4))
         for norm_eval in ((True,) if experiment.quick else (True, False))
@@ -216,7 +217,7 @@ def draw(cells: list[dict]) -> Figure:
     figure = Figure(figsize=(9, 5), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     settings = list(dict.fromkeys((c['detector'], c['norm_eval'], c['times']) for c in cells))
-    for arm, colour, offset in zip(ARMS, (RED, BLUE, GREEN), (-0.2, 0.0, 0.2)):
+    for arm, colour, offset in zip(ARMS, (RED, BLUE, ORANGE, GREEN), (-0.24, -0.08, 0.08, 0.24)):
         mine = {(c['detector'], c['norm_eval'], c['times']): c for c in cells if c['arm'] == arm}
         y = [settings.index(setting) + offset for setting in mine]
         left.plot([c['trapped'] for c in mine.values()], y, 'o', color=colour, label=arm)
@@ -238,7 +239,7 @@ def draw(cells: list[dict]) -> Figure:
     left.set_xlim(left=0)
     left.set_xlabel('trapped filters at the end (mean over seeds)')
     right.set_xlabel('AP less that of BN (mean, 95 % CI)')
-    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=4)
     clear = [
         cell
         for cell in cells

@@ -12,6 +12,7 @@ from .census import (
 )
 from .gradients import GradientWatch
 from .leak import leak_share
+from .recovery import Recovery, decay_per_step
 from .trace import RectifierTrace, StepTrace, trace_rectifiers, what_follows
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     'Census',
     'GradientWatch',
     'LayerCensus',
+    'Recovery',
     'RectifierTrace',
     'StepTrace',
     'census_of_model',
     'census_of_state_dict',
     'check_thresholds',
     'compare',
+    'decay_per_step',
     'find_norms',
     'leak_share',
     'trace_rectifiers',

@@ -8,6 +8,7 @@ autograd and autocast, where ReLU in all its spellings is one of few operations.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -55,6 +56,9 @@ class RectifierTrace(TorchDispatchMode):
             rectifiers that are zero below zero (ReLU, ReLU6, clamp(min=0)), 'leaky_relu' if they
             are rectifiers and at least one is a LeakyReLU, else 'other'.
         unknown (dict[str, str]): Why it is not known what follows the other layers.
+        witnesses (dict[str, str]): For each layer that feeds ReLUs alone ('relu'), or sums that do,
+            the module whose output is positive where the filter is open: the layer itself, or
+            what returns the rectified sum, such as a residual block.
         failure (Exception, optional): What ended the watching.
 
     Examples:
@@ -70,9 +74,14 @@ class RectifierTrace(TorchDispatchMode):
         super().__init__()
         self.failure: Exception | None = None
         self._norms = find_norms(model)
-        self._ran: set[str] = set()
+        self._modules = dict(model.named_modules())
+        self._calls: Counter[str] = Counter()
         self._readers: dict[str, set[str]] = {}
         self._outputs = WeakTensorKeyDictionary()
+        self._sums = WeakTensorKeyDictionary()  # the layers whose outputs were added up
+        self._rectified = WeakTensorKeyDictionary()  # the same, for what a ReLU made of sums
+        self._sum_readers: dict[str, set[str]] = {}
+        self._returned: dict[str, list[str]] = {}  # by layer, what has returned its rectified sum
         self._running: list[str] = []  # the layers whose forward is under way
         self._handles: list = []
 
@@ -86,11 +95,24 @@ class RectifierTrace(TorchDispatchMode):
         """Why it is not known what follows the other layers."""
         return {
             name: f'{type(norm).__name__} runs no batch normalisation of torch'
-            if name in self._ran
+            if self._calls[name]
             else 'did not run'
             for name, norm in self._norms.items()
             if name not in self._readers
         }
+
+    @property
+    def witnesses(self) -> dict[str, str]:
+        """The module whose output is positive where a filter of the layer is open."""
+        found = {layer: layer for layer, kind in self.rectifiers.items() if kind == 'relu'}
+        for layer, readers in self._sum_readers.items():
+            if self._readers[layer] == {'add'} and readers == {'relu'}:
+                # A ReLU module may serve several places; a block has one output.
+                calls = self._calls[layer]
+                returned = [m for m in self._returned.get(layer, []) if self._calls[m] == calls]
+                if returned:
+                    found[layer] = returned[0]
+        return found
 
     def __enter__(self) -> RectifierTrace:
         for name, norm in self._norms.items():
@@ -98,6 +120,8 @@ class RectifierTrace(TorchDispatchMode):
                 norm.register_forward_pre_hook(self._hook(name, enters=True)),
                 norm.register_forward_hook(self._hook(name, enters=False), always_call=True),
             ]
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._note_return(name)))
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
@@ -106,15 +130,24 @@ class RectifierTrace(TorchDispatchMode):
             handle.remove()
         self._handles.clear()
         self._running.clear()
-        self._outputs.clear()
+        for tensors in (self._outputs, self._sums, self._rectified):
+            tensors.clear()
 
     def _hook(self, name: str, enters: bool) -> Callable:
         def hook(*args: Any) -> None:
             if enters:
-                self._ran.add(name)
                 self._running.append(name)
             elif self._running:
                 self._running.pop()
+
+        return hook
+
+    def _note_return(self, name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            self._calls[name] += 1
+            if isinstance(output, Tensor):
+                for layer in self._rectified.get(output, ()):
+                    self._returned.setdefault(layer, []).append(name)
 
         return hook
 
@@ -123,25 +156,45 @@ class RectifierTrace(TorchDispatchMode):
         # What the backward pass reads tells nothing of what follows a layer.
         if self.failure is not None or torch._C._current_graph_task_id() != -1:
             return func(*args, **kwargs)
+        read: list[tuple[Tensor, _Output]] = []
+        summed: list[Tensor] = []
         try:
-            read = self._outputs_in((args, kwargs))
+            tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+            read = [
+                (tensor, self._outputs[tensor]) for tensor in tensors if tensor in self._outputs
+            ]
+            summed = [t for t in tensors if t in self._sums or t in self._rectified]
         except Exception as error:
             self.failure = error
-            read = []
         result = func(*args, **kwargs)
-        if self.failure is None and (read or self._running):
+        if self.failure is None and (read or summed or self._running):
             try:
+                if hasattr(func, '_schema'):
+                    self._note_sum(func._schema.name.split('::')[1], args, kwargs, read, result)
                 self._note(func, args, kwargs, read, result)
             except Exception as error:
                 self.failure = error
         return result
 
-    def _outputs_in(self, values: Any) -> list[tuple[Tensor, _Output]]:
-        return [
-            (value, self._outputs[value])
-            for value in tree_flatten(values)[0]
-            if isinstance(value, Tensor) and value in self._outputs
-        ]
+    def _note_sum(self, operation: str, args: tuple, kwargs: dict, read: list, result: Any) -> None:
+        """Follow sums of outputs until something else than an addition reads them."""
+        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        layers = {layer for tensor in tensors for layer in self._sums.get(tensor, ())}
+        for tensor in tensors:
+            if operation.endswith('_') and tensor is args[0]:
+                self._sums.pop(tensor, None)
+                self._rectified.pop(tensor, None)
+        adds = operation.rstrip('_') == 'add' and kwargs.get('alpha', 1) == 1
+        if adds and all(tensor.shape == result.shape for tensor in tensors):
+            layers |= {output.layer for _, output in read if output.unread > 0}
+            if layers:
+                self._sums[result] = frozenset(layers)
+        elif layers and not _looks_only(operation):
+            kind = _rectifier(operation, args, kwargs)
+            for layer in layers:
+                self._sum_readers.setdefault(layer, set()).add(kind)
+            if kind == 'relu':
+                self._rectified[result] = frozenset(layers)
 
     def _note(self, func: Any, args: tuple, kwargs: dict, read: list, result: Any) -> None:
         """Note which outputs an operation has read, and of which it returns a part or a copy."""
@@ -155,7 +208,7 @@ class RectifierTrace(TorchDispatchMode):
             layer = self._running[-1]
             self._readers.setdefault(layer, set())
             self._outputs[returns[0]] = _Output(layer, returns[0].numel())
-        if not read or operation in _META or operation.startswith('new_'):
+        if not read or _looks_only(operation):
             return
         aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
         in_place = any(alias.is_write for alias in aliases)
@@ -168,6 +221,8 @@ class RectifierTrace(TorchDispatchMode):
         for tensor, output in read:
             if output.unread > 0:
                 reader = _rectifier(operation, args, kwargs) if tensor is args[0] else 'other'
+                if operation.rstrip('_') == 'add':
+                    reader = 'add'
                 self._readers[output.layer].add(reader)
             if in_place and tensor is args[0]:
                 output.unread -= tensor.numel()
@@ -189,6 +244,7 @@ class StepTrace:
         active (bool): Whether steps are still watched.
         rectifiers (dict[str, str]): See :class:`RectifierTrace`.
         unknown (dict[str, str]): See :class:`RectifierTrace`.
+        witnesses (dict[str, str]): See :class:`RectifierTrace`.
         failure (Exception, optional): See :class:`RectifierTrace`.
     """
 
@@ -216,6 +272,11 @@ class StepTrace:
         }
 
     @property
+    def witnesses(self) -> dict[str, str]:
+        """See :class:`RectifierTrace`."""
+        return self._trace.witnesses
+
+    @property
     def failure(self) -> Exception | None:
         """What ended the watching."""
         return self._trace.failure
@@ -225,12 +286,19 @@ class StepTrace:
         if not self.active:
             return
         self.active = False
-        if self._was_own:
-            vars(self._model)['train_step'] = self._train_step
-        else:
-            del vars(self._model)['train_step']
+        # One that was started later is left in place, and takes this one away when it ends.
+        own = vars(self._model)
+        while isinstance(trace := getattr(own.get('train_step'), '__self__', None), StepTrace):
+            if trace.active:
+                break
+            if trace._was_own:
+                own['train_step'] = trace._train_step
+            else:
+                del own['train_step']
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self._train_step(*args, **kwargs)
         with ExitStack() as stack:
             if hasattr(torch.compiler, 'set_stance'):
                 stack.enter_context(torch.compiler.set_stance('force_eager'))
@@ -255,6 +323,11 @@ def what_follows(readers: set[str]) -> str:
     if readers == {'relu'}:
         return 'relu'
     return 'leaky_relu' if readers and readers <= {'relu', 'leaky_relu'} else 'other'
+
+
+def _looks_only(operation: str) -> bool:
+    """Whether an operation looks at shape and type of what it reads, not at the values."""
+    return operation in _META or operation.startswith('new_')
 
 
 def _rectifier(operation: str, args: tuple, kwargs: dict) -> str:

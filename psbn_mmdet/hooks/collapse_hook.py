@@ -28,6 +28,7 @@ from .history import COUNTS, History, Report
 from .journal import Journal
 from .lineage import recall_unstarted, remember_unstarted
 from .parts import Parts
+from .recovery_hook import RecoveryHook
 from .refusals import optimizers_of, refuse_model, refuse_weights, unwrapped
 from .scalars import draw_stages, drop_scalars, log_scalars
 from .weight_decay import weight_decay_warning
@@ -240,7 +241,11 @@ class CollapseHook(Hook):
         steps, self._steps = watch.steps - self._steps, watch.steps
         trapped = watch.trapped(since) if steps and since >= self._begin else {}
         now = self._census()
-        report = self._history.add(now, self._rectifiers, trapped, watch.reached())
+        recovered = next(
+            (hook.take_opened() for hook in runner.hooks if isinstance(hook, RecoveryHook)), None
+        )
+        reached = watch.reached()
+        report = self._history.add(now, self._rectifiers, trapped, reached, recovered)
         log_scalars(runner.message_hub, report, self.scalars, self.by_stage)
         self._warn(runner, report, steps)
         self._table.add(runner.iter + 1, report)

@@ -12,6 +12,7 @@ from ..collapse import Census
 from ..records import KINDS, Records, format_ranges
 
 COUNTS = (*KINDS, 'collapsed', 'new', 'revived', 'unstarted')
+RECOVERED = 'recovered'  # a kind that there is with RecoveryHook only
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class History:
         rectifiers: Mapping[str, str],
         trapped: Mapping[str, np.ndarray],
         reached: Mapping[str, np.ndarray],
+        recovered: Mapping[str, np.ndarray] | None = None,
     ) -> Report:
         """Find what is so now, and what has changed.
 
@@ -106,6 +108,8 @@ class History:
             trapped (Mapping[str, np.ndarray]): Trapped channels of the layers that were observed.
             reached (Mapping[str, np.ndarray]): Channels that a gradient has reached since the
                 start.
+            recovered (Mapping[str, np.ndarray], optional): Channels that RecoveryHook has opened
+                since the last report. Defaults to None: there is no such hook.
 
         Returns:
             Report: Of all kinds.
@@ -133,6 +137,8 @@ class History:
             self.collapsed[name] = collapsed
         self._rectifiers = set(rectifiers)
         report.masks['unstarted'] = report.masks.pop('unstarted')  # the last, as in COUNTS
+        if recovered is not None:
+            report.masks[RECOVERED] = [recovered.get(layer.name) for layer in now.layers]
         return report
 
     def _restore(self, records: Records, report: dict[str, Any]) -> None:

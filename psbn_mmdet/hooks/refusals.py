@@ -29,8 +29,8 @@ def refuse_model(runner: Runner) -> None:
     bases = {base.__name__ for module in modules for base in type(module).__mro__}
     if bases & {'FullyShardedDataParallel', 'FSDPModule'}:
         raise RuntimeError(
-            'CollapseHook: FSDP hides the gradients of single channels: train with '
-            'MMDistributedDataParallel, or remove the hook'
+            'FSDP hides the gradients of single channels: train with MMDistributedDataParallel, or '
+            'remove CollapseHook and RecoveryHook'
         )
     has_psbn = any(isinstance(m, PostShiftedBatchNorm) for m in modules)
     if has_psbn and runner.cfg.get('efficient_conv_bn_eval'):
@@ -70,7 +70,7 @@ def optimizers_of(runner: Runner) -> list[Optimizer]:
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):  # such as DeepSpeed's
             raise RuntimeError(
-                f'CollapseHook: {type(optimizer).__name__} is no torch.optim.Optimizer, its steps '
-                'cannot be watched: train with one that is, or remove the hook'
+                f'{type(optimizer).__name__} is no torch.optim.Optimizer, its steps cannot be '
+                'watched: train with one that is, or remove CollapseHook and RecoveryHook'
             )
     return optimizers

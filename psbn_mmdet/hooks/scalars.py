@@ -9,7 +9,7 @@ from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 
 from ..collapse import Census
-from .history import Report
+from .history import RECOVERED, Report
 
 PREFIX = 'train/collapse/'  # of the scalars in the message hub
 
@@ -20,11 +20,14 @@ def log_scalars(hub: MessageHub, report: Report, names: Sequence[str], by_stage:
     Args:
         hub (MessageHub): The run's.
         report (Report): Of this iteration.
-        names (Sequence[str]): Which kinds; *broken* is there whenever it is not 0.
+        names (Sequence[str]): Which kinds; *broken* is there, too, whenever it is not 0, and
+            *recovered* with RecoveryHook.
         by_stage (bool): Whether each stage's number of collapsed filters is there, too.
     """
     total = report.total
     scalars = {name: total[name] for name in names}
+    if RECOVERED in total:
+        scalars[RECOVERED] = total[RECOVERED]
     if 'broken' not in scalars:
         scalars['broken'] = total['broken'] or None
     if by_stage:

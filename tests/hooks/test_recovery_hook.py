@@ -1,0 +1,137 @@
+"""RecoveryHook in a real Runner."""
+
+import time
+
+import pytest
+import torch
+from mmengine.registry import HOOKS
+from small_run import Classifier, channels_of, records_of, run, texts
+from torch import nn
+
+from psbn_mmdet.layers import PostShiftedBatchNorm2d
+
+KILLED = {'stem.1': [0, 3, 4], 'head.1': [7]}
+HOOKS_ON = [
+    dict(type='CollapseHook', interval=4, window=4),
+    dict(type='RecoveryHook', steps=20, window=3),
+]
+
+
+def trained(work_dir, hooks=HOOKS_ON, **kwargs):
+    return run(work_dir, Classifier(PostShiftedBatchNorm2d), custom_hooks=hooks, **kwargs)
+
+
+def test_closed_filters_are_recovered_in_the_run_and_the_record_says_when(tmp_path):
+    runner = trained(tmp_path, epochs=6)
+    records = records_of(runner)
+    reports = records.reports
+    assert channels_of(records, reports[0], 'trapped') == KILLED
+    assert reports[-1]['total']['trapped'] == reports[-1]['total']['dead'] == 0
+    recovered = {}
+    for report in reports:
+        for layer, channels in channels_of(records, report, 'recovered').items():
+            recovered.setdefault(layer, []).extend(channels)
+    assert {layer: sorted(set(channels)) for layer, channels in recovered.items()} == KILLED
+    log = texts(tmp_path)
+    assert 'RecoveryHook: 0 closed filters were opened in this epoch, 4 are being decayed.' in log
+    assert 'collapse/recovered: ' in log
+    assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
+    assert not any(m._forward_hooks for m in runner.model.modules())
+
+
+def test_without_it_they_stay_and_nothing_speaks_of_recovery(tmp_path):
+    runner = trained(tmp_path, HOOKS_ON[:1], epochs=6)
+    records = records_of(runner)
+    assert channels_of(records, records.reports[-1], 'trapped') == KILLED
+    assert 'recovered' not in records.reports[-1]['total']
+    assert 'recovered: ' not in texts(tmp_path) and 'RecoveryHook' not in texts(tmp_path)
+
+
+def test_the_report_before_and_after_is_that_of_the_watched_alone(tmp_path):
+    with_it = trained(tmp_path / 'with', epochs=1)
+    without = trained(tmp_path / 'without', HOOKS_ON[:1], epochs=1)
+    for one, other in zip(records_of(with_it).reports, records_of(without).reports):
+        for kind in ('trapped', 'vanished'):
+            assert one['channels'][kind] == other['channels'][kind]
+
+
+def test_it_works_alone(tmp_path):
+    runner = trained(tmp_path, HOOKS_ON[1:], epochs=6)
+    stem = runner.model.stem[1]
+    assert (stem.bias > 0)[KILLED['stem.1']].all()
+    assert 'closed filters were opened in this epoch' in texts(tmp_path)
+
+
+@pytest.mark.parametrize('at', [1, 2])
+def test_a_resumed_run_gives_the_same_weights(tmp_path, at):
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    settings = dict(default_hooks=hooks, epochs=4, optim_wrapper=MOMENTUM)
+    whole = trained(tmp_path / 'whole', **settings)
+    time.sleep(1)
+    checkpoint = str(tmp_path / f'whole/epoch_{at}.pth')
+    went_on = trained(tmp_path / 'on', load_from=checkpoint, resume=True, **settings)
+    assert went_on.iter == whole.iter == 48
+    for (name, value), other in zip(
+        went_on.model.state_dict().items(), whole.model.state_dict().values()
+    ):
+        assert torch.equal(value, other), name
+    assert whole.model.stem[1].beta[0] > -0.9  # the recovery was under way
+
+
+MOMENTUM = dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
+
+
+def test_a_checkpoint_of_another_network_s_recovery_is_said_and_not_taken(tmp_path):
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    trained(tmp_path, default_hooks=hooks, epochs=1)
+    path = tmp_path / 'epoch_1.pth'
+    content = torch.load(path, weights_only=False)
+    kept = content['psbn_recovery']
+    for state in (kept | {'channels': [{'layers': ['x']}]}, {}, 7):
+        content['psbn_recovery'] = state
+        torch.save(content, path)
+        time.sleep(1)
+        assert trained(tmp_path, resume=True, epochs=2).iter == 24
+        (tmp_path / 'last_checkpoint').write_text(str(path))
+    assert texts(tmp_path).count('what the checkpoint has of it is not taken over') == 3
+
+
+def test_average_and_accumulation(tmp_path):
+    optim_wrapper = dict(type='OptimWrapper', accumulative_counts=2) | MOMENTUM
+    average = dict(type='EMAHook', momentum=0.5)
+    runner = trained(tmp_path, [*HOOKS_ON, average], epochs=12, optim_wrapper=optim_wrapper)
+    assert (runner.model.stem[1].bias > 0)[KILLED['stem.1']].all()
+    assert runner.iter == 144 and 'off from iteration' not in texts(tmp_path)
+
+
+def test_a_model_of_plain_bn_is_refused_and_told_why(tmp_path):
+    with pytest.raises(RuntimeError, match='stays closed all the way to gamma = beta = 0'):
+        run(tmp_path, Classifier(nn.BatchNorm2d), custom_hooks=HOOKS_ON)
+
+
+def test_frozen_layers_are_left_alone(tmp_path):
+    model = Classifier(PostShiftedBatchNorm2d, frozen_head=True)
+    start = model.head[1].beta.detach().clone()
+    run(tmp_path, model, custom_hooks=HOOKS_ON, epochs=6)
+    assert torch.equal(model.head[1].beta, start) and (model.stem[1].bias > 0)[[0, 3, 4]].all()
+
+
+@pytest.mark.parametrize('setting', [dict(steps=0), dict(steps=2.5), dict(window=-1)])
+def test_settings_out_of_range_are_refused(setting):
+    (name, value), *_ = setting.items()
+    with pytest.raises(ValueError, match=f'RecoveryHook: {name} must be .* got {value}'):
+        HOOKS.build(dict(type='RecoveryHook', **setting))
+
+
+def test_a_fault_is_one_warning_and_the_training_goes_on(tmp_path, monkeypatch):
+    from psbn_mmdet.collapse import recovery
+
+    def fail(*args):
+        raise OSError('no such device')
+
+    monkeypatch.setattr(recovery, '_alive', fail)
+    runner = trained(tmp_path)
+    assert runner.iter == 24
+    assert texts(tmp_path).count('RecoveryHook: off from iteration 1 on') == 1
+    assert 'no such device' in texts(tmp_path)
+    assert [r['iter'] for r in records_of(runner).reports] == [4, 8, 12, 16, 20, 24]
