@@ -20,16 +20,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / 'configs' / 'psbn'
 CONFIGS = sorted(path.stem for path in CONFIG_DIR.glob('*.py'))
-ADDED = {
-    'custom_imports': dict(imports=['psbn_mmdet'], allow_failed_imports=False),
-    'custom_hooks': [dict(type='CollapseHook', interval=50)],
-}
+ADDED = {'custom_imports': dict(imports=['psbn_mmdet'], allow_failed_imports=False)}
+COUNTING = dict(type='CollapseHook', interval=50)
+RECOVERY = dict(type='RecoveryHook', steps=500)
 CHANGED = {
-    'bn': {},
-    'psbn': {'model.backbone.norm_cfg.type': 'psBN'},
+    'bn': {'custom_hooks': [COUNTING]},
+    'psbn': {
+        'model.backbone.norm_cfg.type': 'psBN',
+        'custom_hooks': [COUNTING, RECOVERY],
+    },
     'pssyncbn': {
         'model.backbone.norm_cfg.type': 'psSyncBN',
         'model.backbone.norm_eval': False,
+        'custom_hooks': [COUNTING, RECOVERY],
     },
 }
 
@@ -130,6 +133,7 @@ def test_config_trains_two_iterations(name, shrink, tmp_path):
     scalars = json.loads(log[-1])
     assert math.isfinite(scalars['loss'])
     assert 'collapse/collapsed' in scalars
+    assert ('collapse/recovered' in scalars) == (norm_of(name) != 'bn')
 
 
 def test_pretrained_bn_weights_keep_their_function(tmp_path):

@@ -1,3 +1,3 @@
-_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_2x_coco.py', './_base_/collapse_hook.py']
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_2x_coco.py', './_base_/psbn.py']
 
 model = dict(backbone=dict(norm_cfg=dict(type='psBN')))

@@ -311,6 +311,8 @@ def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:
 def _warn_of_weight_decay(
     runner: Runner, norms: Mapping[str, _BatchNorm], optimizers: Sequence[Optimizer]
 ) -> None:
+    if any(isinstance(hook, RecoveryHook) for hook in runner.hooks):
+        return
     warning = weight_decay_warning(norms, optimizers, runner.cfg.get('optim_wrapper') or {})
     if warning:
         runner.logger.warning(warning)

@@ -56,7 +56,8 @@ def weight_decay_warning(
     return (
         f'Weight decay does not reach gamma and beta of {len(without)} of {len(trained)} psBN '
         f'layers, such as {without[0]} ({cause}): psBN recovers by weight decay and can revive '
-        'no filter there. Give gamma and beta a weight decay > 0.'
+        "no filter there. Add dict(type='RecoveryHook') to custom_hooks, or give gamma and beta a "
+        'weight decay > 0.'
     )
 
 

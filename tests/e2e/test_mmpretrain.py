@@ -68,7 +68,7 @@ def test_the_config_is_the_baseline_with_psbn_and_the_hook():
     baseline = Config.fromstring("_base_ = ['mmpretrain::resnet/resnet18_8xb16_cifar10.py']", '.py')
     assert cfg.model.backbone.pop('norm_cfg') == dict(type='psBN', requires_grad=True)
     assert cfg.pop('custom_imports').imports == ['psbn_mmdet']
-    assert cfg.pop('custom_hooks') == [dict(type='CollapseHook', interval=50)]
+    assert [hook.type for hook in cfg.pop('custom_hooks')] == ['CollapseHook', 'RecoveryHook']
     assert cfg.to_dict() == baseline.to_dict()
 
 

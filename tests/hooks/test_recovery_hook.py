@@ -55,6 +55,13 @@ def test_the_report_before_and_after_is_that_of_the_watched_alone(tmp_path):
             assert one['channels'][kind] == other['channels'][kind]
 
 
+def test_no_weight_decay_is_no_fault_then(tmp_path):
+    trained(tmp_path / 'with', epochs=1)
+    trained(tmp_path / 'without', HOOKS_ON[:1], epochs=1)
+    assert 'Weight decay does not reach' not in texts(tmp_path / 'with')
+    assert "Add dict(type='RecoveryHook') to custom_hooks" in texts(tmp_path / 'without')
+
+
 def test_it_works_alone(tmp_path):
     runner = trained(tmp_path, HOOKS_ON[1:], epochs=6)
     stem = runner.model.stem[1]
