@@ -27,6 +27,7 @@ NAMED_LIVES = 40  # of one run: as many as have room for their names
 LAYER_NAMES = 60  # beside a heat map
 WIDTH = 9.0  # inches
 DOTS: Any = dict(linestyle='', marker='o')
+RECOVERED: Any = dict(marker='x', color='#009E73')  # Okabe and Ito's green
 
 
 def counts(runs: Sequence[Run]) -> Figure:
@@ -194,7 +195,7 @@ def life_lines(runs: Sequence[Run]) -> Figure | str:
             for begin, end in _joined(life.spans, pixel, border)
         ]
         width = float(np.clip(0.6 * 72 * height / (most + 1), 0.6, 3))
-        revivals = [(x, y) for y, life in enumerate(mine, 1) for x in _apart(life, pixel)]
+        revivals = [(x, y) for y, life in enumerate(mine, 1) for x in _apart(_ends(life), pixel)]
         dense = len(revivals) > 2000  # too many for circles, and for an SVG
         ax.add_collection(LineCollection(lines, colors=colour, linewidths=width, rasterized=dense))
         if revivals:
@@ -208,6 +209,9 @@ def life_lines(runs: Sequence[Run]) -> Figure | str:
                 rasterized=dense,
                 zorder=3,
             )
+        opened = [(x, y) for y, life in enumerate(mine, 1) for x in _apart(life.recovered, pixel)]
+        if opened:
+            ax.scatter(*zip(*opened), **RECOVERED, s=(1.8 * width + 1) ** 2, zorder=4)
         ax.set_xlim(0, border)
         ax.set_ylim(most + 1, 0)
         ax.yaxis.set_major_locator(whole_numbers())
@@ -228,6 +232,9 @@ def life_lines(runs: Sequence[Run]) -> Figure | str:
         Line2D([], [], color='#555555', linewidth=2.5, label='collapsed'),
         Line2D([], [], color='black', markerfacecolor='white', label='revived', **DOTS),
     ]
+    if any(run.ever_recovered for run in runs):
+        label = 'opened by RecoveryHook'
+        handles.append(Line2D([], [], linestyle='', label=label, markersize=5, **RECOVERED))
     _legend(figure, handles)
     numbers = [
         f'{int((run.ever_revived & ~run.collapsed).sum()):,} of {count:,}'
@@ -250,12 +257,16 @@ def _joined(
     return joined
 
 
-def _apart(life: Life, pixel: float) -> list[int]:
-    """Its revivals, without those that a screen would draw over the one before."""
+def _ends(life: Life) -> list[int]:
+    return [end for _, end in life.spans if end is not None]
+
+
+def _apart(times: Sequence[int], pixel: float) -> list[int]:
+    """Times, without those that a screen would draw over the one before."""
     kept: list[int] = []
-    for _, end in life.spans:
-        if end is not None and (not kept or end - kept[-1] >= pixel):
-            kept.append(end)
+    for time in times:
+        if not kept or time - kept[-1] >= pixel:
+            kept.append(time)
     return kept
 
 

@@ -55,11 +55,13 @@ class Life:
         channel (int): Its number in the layer.
         spans (list[tuple[int, int | None]]): Iterations of the reports at which it became
             collapsed and was revived, None if it was not.
+        recovered (list[int]): Iterations of the reports before which RecoveryHook had opened it.
     """
 
     layer: int
     channel: int
     spans: list[tuple[int, int | None]]
+    recovered: list[int]
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,11 @@ class Run:
     def ever_revived(self) -> np.ndarray:
         """Channels that were revived at any report, bool of shape (C,)."""
         return self._events.touched(False)
+
+    @property
+    def ever_recovered(self) -> int:
+        """Number of channels that RecoveryHook has opened."""
+        return self._events.recovered
 
     @property
     def collapsed(self) -> np.ndarray:
@@ -238,6 +245,7 @@ class _Events:
         self.state = np.zeros(channels, bool)
         self.count = 0  # of collapsed channels in the state
         self._growing = array('q'), array('q'), array('b')
+        self._recovered: dict[int, list[int]] = {}  # iterations by channel
         self.iterations: np.ndarray = np.empty(0, np.int64)
         self.channels: np.ndarray = self.iterations
         self.values: np.ndarray = self.iterations
@@ -252,10 +260,20 @@ class _Events:
         numbers.extend(channels.tolist())
         values.extend([value] * len(channels))
 
+    def recover(self, iteration: int, channels: np.ndarray) -> None:
+        """Note that channels, by their numbers among all, were opened by RecoveryHook."""
+        for channel in channels.tolist():
+            self._recovered.setdefault(channel, []).append(iteration)
+
     def finish(self) -> None:
         """No more events will come."""
         self.iterations, self.channels, self.values = (np.array(c, np.int64) for c in self._growing)
         self._growing = array('q'), array('q'), array('b')
+
+    @property
+    def recovered(self) -> int:
+        """Number of channels that RecoveryHook has opened."""
+        return len(self._recovered)
 
     def touched(self, value: bool) -> np.ndarray:
         """Which channels ever became collapsed, or ceased to be; bool, shape (C,)."""
@@ -298,6 +316,7 @@ class _Events:
                     layer=layer,
                     channel=int(channel - offsets[layer]),
                     spans=list(zip(begins, [*ends, None])),
+                    recovered=self._recovered.get(int(channel), []),
                 )
             )
         return lives
@@ -355,6 +374,8 @@ class _Reading:
         for kind, value in (('new', True), ('revived', False)):
             if report['channels'][kind]:
                 events.add(iteration, self._mask(report, kind).nonzero()[0], value)
+        if report['channels'].get('recovered'):
+            events.recover(iteration, self._mask(report, 'recovered').nonzero()[0])
         if events.count != report['total']['collapsed']:  # a report between is missing
             collapsed = self._mask(report, 'collapsed')
             for value, mask in ((True, collapsed), (False, ~collapsed)):

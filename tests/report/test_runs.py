@@ -9,6 +9,7 @@ import pytest
 
 from psbn_mmdet.records import read_records, write_snapshot
 from psbn_mmdet.report import find_record, read_run
+from psbn_mmdet.report.figures import FIGURES
 
 
 def test_series_masks_and_shares_are_the_records(tmp_path, write_run):
@@ -37,6 +38,22 @@ def test_life_lines_tell_when_a_channel_was_collapsed(tmp_path, write_run):
         (0, 1): [(150, 250)],
     }
     assert list(lives) == [(0, 5), (0, 9), (1, 6), (0, 1)], 'by the first collapse'
+
+
+def test_life_lines_tell_when_the_recovery_hook_opened_a_channel(tmp_path, write_run):
+    work_dir = write_run(tmp_path, [[5, 70], [70], [], [5]])
+    (path,) = work_dir.glob('*/collapse.jsonl')
+    header, *reports = map(json.loads, path.read_text().splitlines())
+    for report, opened in zip(reports, ({}, {'0': '5'}, {'1': '6-7'}, {'0': '5'})):
+        report['channels']['recovered'] = opened
+    path.write_text(''.join(json.dumps(line) + '\n' for line in (header, *reports)))
+    run = read_run(work_dir, 'psBN')
+    lives = {(life.layer, life.channel): life.recovered for life in run.lives(10)}
+    assert lives == {(0, 5): [100, 200], (1, 6): [150]} and run.ever_recovered == 3
+    figure = FIGURES['life_lines'].draw([run])
+    assert 'opened by RecoveryHook' in [t.get_text() for t in figure.legends[0].get_texts()]
+    marks = figure.axes[0].collections[-1].get_offsets().tolist()
+    assert sorted(marks) == [[100, 1], [150, 2], [200, 1]]
 
 
 def test_a_lasting_collapse_has_no_end(tmp_path, write_run):
