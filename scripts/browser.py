@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
@@ -46,14 +46,14 @@ def browser(width: int = 1100) -> Iterator:
     options = webdriver.ChromeOptions()
     options.binary_location = next(filter(None, map(shutil.which, BROWSERS)))
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+    with ExitStack() as stack:
+        profile = tempfile.mkdtemp()
+        stack.callback(shutil.rmtree, profile, ignore_errors=True)  # it may still be written to
         for option in (*OPTIONS, f'--window-size={width},900', f'--user-data-dir={profile}'):
             options.add_argument(option)
         driver = webdriver.Chrome(options=options, service=Service(shutil.which('chromedriver')))
-        try:
-            yield driver
-        finally:
-            driver.quit()
+        stack.callback(driver.quit)
+        yield driver
 
 
 def screenshot(driver, page: Path, out: Path | None = None) -> bytes:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f'the labels {", ".join(labels)} are not all different: give others with --labels'
             )
         console = Console(stderr=True)
+        console.quiet = not console.is_terminal  # before rich 14.3 a disabled bar breaks a line
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             tasks: dict[str, TaskID] = {}
 

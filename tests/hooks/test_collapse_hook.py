@@ -137,7 +137,9 @@ class Sleeper(Classifier):
     def __init__(self):
         super().__init__()
         for param in self.stem[1].parameters():
-            param.register_hook(lambda grad: grad * (torch.arange(8) != 1) ** (self.calls % 6 != 1))
+            param.register_hook(
+                lambda grad: grad * (torch.arange(8) != 1).float() ** (self.calls % 6 != 1)
+            )
 
     def forward(self, images, labels, mode='tensor'):
         self.calls += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +83,7 @@ def write_run() -> Callable[..., Path]:
         channels = sum(n for _, n in layers)
         writer = RecordWriter(folder / 'collapse.jsonl', header_of(layers, **settings))
         masks = [np.isin(np.arange(channels), state) for state in (start, *states)]
-        for index, (before, now) in enumerate(itertools.pairwise(masks)):
+        for index, (before, now) in enumerate(zip(masks, masks[1:])):
             iteration = first + 50 * index
             body = body_of(layers, before, now)
             report = dict(iter=iteration, epoch=1 + (iteration - 1) // 100, lr=dict(lr=0.1))
@@ -128,7 +127,7 @@ def long_record(tmp_path_factory) -> Path:
     # There and back again: each state is met thousands of times, but written out only twice.
     states = states[:-1] + states[::-1]
     bodies = [
-        json.dumps(body_of(RESNET50, before, now))[1:] for before, now in itertools.pairwise(states)
+        json.dumps(body_of(RESNET50, before, now))[1:] for before, now in zip(states, states[1:])
     ]
     with open(path, 'a') as file:
         for index in range(100_000):

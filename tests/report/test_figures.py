@@ -211,7 +211,7 @@ def test_the_layers_names_beside_a_heat_map_do_not_overlap(tmp_path, write_run, 
         boxes = sorted(
             (text.get_window_extent().y0, text.get_window_extent().y1) for text in column
         )
-        for (_, top), (bottom, _) in itertools.pairwise(boxes):
+        for (_, top), (bottom, _) in zip(boxes, boxes[1:]):
             assert top <= bottom + 1.5
     rightmost = max(text.get_window_extent().x1 for text in stages)
     assert rightmost <= min(text.get_window_extent().x0 for text in names)
