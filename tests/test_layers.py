@@ -20,6 +20,7 @@ from mmengine.model import (
 )
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
+from onnx_export import export
 from randomize import randomize
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -406,7 +407,7 @@ def test_onnx_export_gives_the_same(image, norm_type, tmp_path):
     pytest.importorskip('onnx')
     model = evaluating(resnet(norm_type))
     path = str(tmp_path / 'model.onnx')
-    torch.onnx.export(model, (image,), path, dynamo=False, opset_version=17)
+    export(model, (image,), path, dynamo=False, opset_version=17)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     outputs = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     for output, expected in zip(outputs, model(image)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from onnx_export import export
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,7 +54,7 @@ def test_an_exported_graph_is_audited_like_the_network(norm, dynamo, tmp_path):
             do_constant_folding=False,
         )
     )
-    torch.onnx.export(model, (image,), str(tmp_path / 'model.onnx'), **options)
+    export(model, (image,), str(tmp_path / 'model.onnx'), **options)
     weights = read_weights(tmp_path / 'model.onnx')
     found = census_of_state_dict(weights.state_dict, rectifiers=weights.rectifiers)
     assert [layer.name for layer in found.layers] == [layer.name for layer in expected.layers]
@@ -69,6 +70,6 @@ def test_an_exported_graph_is_audited_like_the_network(norm, dynamo, tmp_path):
 def test_a_graph_without_bn_is_an_error(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     path = tmp_path / 'fused.onnx'
-    torch.onnx.export(model, (torch.randn(1, 3, 4, 4),), str(path), dynamo=False)
+    export(model, (torch.randn(1, 3, 4, 4),), str(path), dynamo=False)
     with pytest.raises(CheckpointError, match=r'fused\.onnx has no BatchNormalization node'):
         read_weights(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnx_export
 import pytest
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -176,7 +177,6 @@ class Exported(NamedTuple):
 def export(images, tmp_path) -> Callable[..., Exported]:
     onnx = pytest.importorskip('onnx')
     onnxruntime = pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
     path, optimized = str(tmp_path / 'model.onnx'), str(tmp_path / 'optimized.onnx')
 
     def count(path: str) -> Counter:
@@ -185,7 +185,7 @@ def export(images, tmp_path) -> Callable[..., Exported]:
         return counts + Counter(initializer=len(graph.initializer))
 
     def export(detector: nn.Module, **kwargs) -> Exported:
-        torch.onnx.export(Raw(detector).eval(), (images,), path, **kwargs)
+        onnx_export.export(Raw(detector).eval(), (images,), path, **kwargs)
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = optimized
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
