@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Creates the virtual environment of one stack, or finds that nothing is left to do.
 #
-#     scripts/setup.sh [onedl|openmmlab] [dev]
+#     scripts/setup.sh [onedl|openmmlab|oldest] [dev]
 #
-# onedl goes to .venv, openmmlab to .venv-openmmlab; `dev` adds the tools of tests and checks.
+# onedl goes to .venv, the others to .venv-STACK; `dev` adds the tools of tests and checks. oldest is
+# the openmmlab stack at the lowest versions that work, on Python 3.9.
 # pip's own settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, ...) are left as they are.
 # PYTHON names the interpreter, MAX_JOBS and CFLAGS rule the compilation of MMCV's operators.
 set -euo pipefail
@@ -16,10 +17,18 @@ die() {
 
 stack=${1:-onedl}
 with_dev=${2:-}
+venv=.venv-$stack extra=$stack
+build=build pins=(common "$stack") dev_pins=(dev "dev-$stack")
+pythons='3.11 to 3.13' example='PYTHON=python3.11 make setup'
 case $stack in
   onedl) venv=.venv ;;
-  openmmlab) venv=.venv-openmmlab ;;
-  *) die "STACK must be onedl or openmmlab, got '$stack'." ;;
+  openmmlab) ;;
+  oldest)
+    extra=openmmlab
+    build=build-oldest pins=(oldest) dev_pins=(dev-oldest)
+    pythons=3.9 example='PYTHON=python3.9 make setup STACK=oldest'
+    ;;
+  *) die "STACK must be onedl, openmmlab or oldest, got '$stack'." ;;
 esac
 [ -z "$with_dev" ] || [ "$with_dev" = dev ] || die "the second argument must be dev, got '$with_dev'."
 
@@ -30,9 +39,11 @@ mmcv=$(grep -E '^(onedl-)?mmcv==' "requirements/$stack.txt")
 
 # The stamps hold what the environment was made from: the folder (an editable install points to
 # it), the pins and this script.
-made_from() { (pwd && cat "$@" scripts/setup.sh) | cksum; }
-base=$(made_from setup.py requirements/{build,common,"$stack"}.txt)
-dev=$(made_from requirements/{build,common,"$stack",dev,"dev-$stack"}.txt)
+made_from() { # names of requirements
+  (pwd && cat setup.py scripts/setup.sh && cd requirements && cat "${@/%/.txt}") | cksum
+}
+base=$(made_from "$build" "${pins[@]}")
+dev=$(made_from "$build" "${pins[@]}" "${dev_pins[@]}")
 is_done() { # name, wanted content
   [ -x "$py" ] && [ "$(cat "$venv/$1.stamp" 2>/dev/null)" = "$2" ]
 }
@@ -98,12 +109,12 @@ run() { # as `try`, and ends the set-up if the command fails
 }
 
 command -v "$python" >/dev/null ||
-  die "no '$python' found: install Python 3.11, or name one, as in PYTHON=python3.11 make setup."
+  die "no '$python' found: install Python $pythons, or name one, as in $example."
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
-  die "'$python' does not run: name a working Python 3.11, as in PYTHON=python3.11 make setup."
-case $version in
-  3.11 | 3.12 | 3.13) ;;
-  *) die "Python $version is not supported, 3.11 to 3.13 are: name one, as in PYTHON=python3.11 make setup." ;;
+  die "'$python' does not run: name a working Python $pythons, as in $example."
+case $stack-$version in
+  oldest-3.9 | onedl-3.1[123] | openmmlab-3.1[123]) ;;
+  *) die "Python $version does not go with the $stack stack: name Python $pythons, as in $example." ;;
 esac
 
 if ! "$py" -m pip --version >/dev/null 2>&1; then
@@ -149,7 +160,7 @@ print(max(1, min(cores, memory // 2**31)))')}
 }
 
 if ! is_done base "$base"; then
-  run 'installing torch and the build tools' pip -r requirements/build.txt
+  run 'installing torch and the build tools' pip -r "requirements/$build.txt"
   if ! try "installing $mmcv" pip --no-deps --only-binary :all: "$mmcv"; then
     compile_mmcv
   fi
@@ -159,7 +170,7 @@ if ! is_done base "$base"; then
     compile_mmcv --no-cache-dir --force-reinstall --no-binary :all:
     run "checking the operators of $mmcv" ops_work
   fi
-  run 'installing psbn_mmdet' pip -c "requirements/$stack.txt" -e ".[$stack]"
+  run 'installing psbn_mmdet' pip -c "requirements/$stack.txt" -e ".[$extra]"
   echo "$base" >"$venv/base.stamp"
 fi
 if [ -n "$with_dev" ] && ! is_done dev "$dev"; then

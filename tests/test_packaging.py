@@ -1,5 +1,7 @@
 """What a user meets before the package runs: metadata, pins, commands, a missing MMEngine."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil
@@ -12,8 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-STACKS = ('onedl', 'openmmlab')
-MMCV = {'onedl': 'onedl-mmcv', 'openmmlab': 'mmcv'}
+STACKS = ('onedl', 'openmmlab', 'oldest')
+EXTRAS = {'onedl': 'onedl', 'openmmlab': 'openmmlab', 'oldest': 'openmmlab'}
+MMCV = {'onedl': 'onedl-mmcv', 'openmmlab': 'mmcv', 'oldest': 'mmcv'}
 
 
 # The suite itself may run under `make test STACK=...`, which hands its variables down.
@@ -65,6 +68,12 @@ def pins(name: str) -> dict[str, str]:
     return found
 
 
+def hard_requirements(metadata) -> dict[str, Requirement]:
+    """What any installation needs, by package."""
+    found = map(Requirement, metadata['Requires-Dist'])
+    return {canonicalize_name(r.name): r for r in found if r.marker is None}
+
+
 def requirements(metadata, extra: str) -> dict[str, Requirement]:
     """An extra's own requirements by package."""
     found = map(Requirement, metadata['Requires-Dist'])
@@ -91,8 +100,8 @@ def test_files_that_are_no_code_are_packaged(egg_info):
 
 
 def test_neither_stack_is_a_hard_requirement(metadata):
-    hard = {r.name for r in map(Requirement, metadata['Requires-Dist']) if r.marker is None}
-    assert {'torch', 'numpy', 'jinja2'} <= hard
+    hard = hard_requirements(metadata)
+    assert {'torch', 'numpy', 'jinja2'} <= hard.keys()
     assert not {name for name in hard if 'mm' in name}
 
 
@@ -108,14 +117,23 @@ def test_every_extra_has_its_packages_and_no_others_stack(metadata):
 @pytest.mark.parametrize('stack', STACKS)
 def test_pins_satisfy_what_setup_py_asks_for(stack, metadata):
     tested = pins(stack)
-    assert tested['torch']
-    for name, requirement in requirements(metadata, stack).items():
+    asked = hard_requirements(metadata) | requirements(metadata, EXTRAS[stack])
+    for name, requirement in asked.items():
         assert requirement.specifier.contains(tested[name]), requirement
+
+
+def test_the_oldest_pins_are_the_lower_bounds_in_setup_py(metadata):
+    tested = pins('oldest')
+    asked = hard_requirements(metadata) | requirements(metadata, 'openmmlab')
+    for name, requirement in asked.items():
+        [bound] = [s.version for s in requirement.specifier if s.operator == '>=']
+        assert tested[name] == bound or tested[name] == f'{bound}.0', requirement
+    assert metadata['Requires-Python'] == ['>=3.9']
 
 
 @pytest.mark.parametrize('stack', STACKS)
 def test_dev_pins_do_not_repeat_those_of_a_stack(stack):
-    assert not pins('dev').keys() & pins(stack).keys()
+    assert not pins(f'dev-{stack}').keys() & pins(stack).keys()
 
 
 def test_importing_without_mmengine_names_both_installs():
@@ -157,32 +175,13 @@ def test_make_target_exists_and_sets_up_first(target):
         assert all((ROOT / path).is_file() for path in re.findall(r'\S+/\w+\.py', command))
 
 
-def test_make_uses_the_stack_that_it_is_told():
-    commands = run('make', '--dry-run', 'test', 'STACK=openmmlab', 'ARGS=-k x').stdout.splitlines()
-    assert commands[0] == 'scripts/setup.sh openmmlab dev'
-    assert commands[1].startswith('.venv-openmmlab/bin/python -m pytest ')
+@pytest.mark.parametrize('stack', ['openmmlab', 'oldest'])
+def test_make_uses_the_stack_that_it_is_told(stack):
+    commands = run('make', '--dry-run', 'test', f'STACK={stack}', 'ARGS=-k x').stdout.splitlines()
+    assert commands[0] == f'scripts/setup.sh {stack} dev'
+    assert commands[1].startswith(f'.venv-{stack}/bin/python -m pytest ')
     assert commands[1].endswith(' -k x')
     assert len(commands) == 2
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'python', 'message'),
-    [
-        (['mmlab'], sys.executable, "STACK must be onedl or openmmlab, got 'mmlab'."),
-        (['onedl'], 'no-such-python', "no 'no-such-python' found"),
-        (['onedl'], './python2.7', 'Python 2.7 is not supported, 3.11 to 3.13 are'),
-    ],
-)
-def test_setup_says_in_one_sentence_what_is_wrong(arguments, python, message, tmp_path):
-    (tmp_path / 'scripts').mkdir()
-    for path in ('scripts/setup.sh', 'setup.py', 'requirements'):
-        (tmp_path / path).symlink_to(ROOT / path)
-    (tmp_path / 'python2.7').write_text('#!/bin/sh\necho 2.7\n')
-    (tmp_path / 'python2.7').chmod(0o755)
-    result = run('bash', 'scripts/setup.sh', *arguments, cwd=tmp_path, PYTHON=python)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
 
 
 def fake(folder: Path, **scripts: str) -> None:
@@ -191,6 +190,30 @@ def fake(folder: Path, **scripts: str) -> None:
         path = folder / name.replace('_', '-')
         path.write_text(f'#!/bin/sh\n{script}\n')
         path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'python', 'message'),
+    [
+        (['mmlab'], sys.executable, "STACK must be onedl, openmmlab or oldest, got 'mmlab'."),
+        (['onedl'], 'no-such-python', "no 'no-such-python' found: install Python 3.11"),
+        (['onedl'], './python2.7', 'Python 2.7 does not go with the onedl stack: name Python 3.11'),
+        (['onedl'], './python3.9', 'Python 3.9 does not go with the onedl stack: name Python 3.11'),
+        (['oldest'], './python3.11', 'Python 3.11 does not go with the oldest stack: name Python'),
+        (['oldest'], './python3.9', 'python3.9 has no venv module'),
+    ],
+)
+def test_setup_says_in_one_sentence_what_is_wrong(arguments, python, message, tmp_path):
+    (tmp_path / 'scripts').mkdir()
+    for path in ('scripts/setup.sh', 'setup.py', 'requirements'):
+        (tmp_path / path).symlink_to(ROOT / path)
+    for version in ('2.7', '3.9', '3.11'):
+        script = f'case $2 in *version_info*) echo {version} ;; *) exit 1 ;; esac'
+        fake(tmp_path, **{f'python{version}': script})
+    result = run('bash', 'scripts/setup.sh', *arguments, cwd=tmp_path, PYTHON=python)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_ci_runs_the_test_command_and_keeps_pips_own_links(tmp_path):
