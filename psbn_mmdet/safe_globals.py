@@ -3,7 +3,8 @@
 They hold the log's history buffers and NumPy arrays beside the weights, which
 ``torch.load(weights_only=True)``, the default from torch 2.6 on, refuses. Those are plain data, so
 torch is told that they are safe, by the names that NumPy 1 and NumPy 2 have written for them. Older
-versions of torch cannot be told; :func:`load_plain` then reads by a list of its own.
+versions of torch cannot be told; :func:`load_plain` then reads by a list of its own, and so does
+``torch.load`` where ``TORCH_FORCE_WEIGHTS_ONLY_LOAD`` is set.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import _codecs
 import os
 import pickle
 import zipfile
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,11 +39,17 @@ DTYPES = [
 TAKES_NAMES = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
 
 
+_FORCED = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+_torch_load = torch.load
+
+
 def allow_mmengine_checkpoints() -> None:
-    """Add the types in MMEngine's checkpoints to torch's list of safe globals."""
+    """Let MMEngine's checkpoints be read where weights only are."""
     if TAKES_NAMES:
         # With their names: OneDL's MMEngine takes the bare types off the list after each load.
         torch.serialization.add_safe_globals([(kind, name) for name, kind in _plain().items()])
+    elif os.getenv(_FORCED, '0').lower() in ('1', 'y', 'yes', 'true'):  # as torch reads it
+        torch.load = _load_restricted
 
 
 def load_plain(path: str | os.PathLike) -> Any:
@@ -56,10 +64,9 @@ def load_plain(path: str | os.PathLike) -> Any:
     Raises:
         pickle.UnpicklingError: If it asks for anything else.
     """
-    how: dict[str, Any] = {'weights_only': True}
-    if not TAKES_NAMES:
-        how = {'weights_only': False, 'pickle_module': _RESTRICTED}
-    return torch.load(path, map_location='cpu', mmap=zipfile.is_zipfile(path), **how)
+    path = os.fspath(path)  # older versions of torch map no other
+    load = _torch_load if TAKES_NAMES else _load_restricted
+    return load(path, map_location='cpu', mmap=zipfile.is_zipfile(path), weights_only=True)
 
 
 def _plain() -> dict[str, Any]:
@@ -78,11 +85,24 @@ def _plain() -> dict[str, Any]:
     }
 
 
+# Plain data that torch's own list has in later versions only.
+_LATER = {
+    **{f'builtins.{kind.__name__}': kind for kind in (bytearray, complex, set)},
+    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
+    'collections.Counter': Counter,
+    'torch.device': torch.device,
+}
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     """Python's own, with no way to a name that is not on the list."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = {**torch._weights_only_unpickler._get_allowed_globals(), **_plain()}
+        allowed = {
+            **torch._weights_only_unpickler._get_allowed_globals(),
+            **_LATER,
+            **_plain(),
+        }
         module = {'__builtin__': 'builtins'}.get(module, module)  # as old protocols have it
         try:
             return allowed[f'{module}.{name}']
@@ -96,6 +116,17 @@ _RESTRICTED = SimpleNamespace(
     Unpickler=_RestrictedUnpickler,
     load=lambda file, **kwargs: _RestrictedUnpickler(file, **kwargs).load(),
 )
+
+
+def _load_restricted(f: Any, map_location: Any = None, *_: Any, **kwargs: Any) -> Any:
+    """As torch.load, by our unpickler, which torch refuses while its own is forced."""
+    kwargs.update(pickle_module=_RESTRICTED, weights_only=False)
+    forced = os.environ.pop(_FORCED, None)
+    try:
+        return _torch_load(f, map_location, **kwargs)
+    finally:
+        if forced is not None:
+            os.environ[_FORCED] = forced
 
 
 def _statistic(owner: Any, name: str) -> Any:

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import subprocess
+import sys
+from collections import Counter
 from types import ModuleType
 
 import numpy as np
@@ -15,11 +18,16 @@ from psbn_mmdet import safe_globals
 from psbn_mmdet.checkpoints import CheckpointError, read_content, read_weights
 from psbn_mmdet.safe_globals import load_plain
 
+takes_names = pytest.mark.skipif(
+    not safe_globals.TAKES_NAMES, reason='torch takes safe globals with names from 2.6 on'
+)
+
 
 def load(path):
     return torch.load(path, weights_only=True)
 
 
+@takes_names
 def test_a_message_hub_state_loads(tmp_path):
     hub = MessageHub.get_instance('test')
     for value in (0.5, 0.25):
@@ -32,6 +40,7 @@ def test_a_message_hub_state_loads(tmp_path):
     assert scalars['train/collapse/dead'].current() == 3
 
 
+@takes_names
 def test_the_list_outlives_a_load_by_mmengine(tmp_path):
     hub = MessageHub.get_instance('test')
     hub.update_scalar('train/loss', 0.5)
@@ -39,6 +48,42 @@ def test_the_list_outlives_a_load_by_mmengine(tmp_path):
     torch.save(dict(message_hub=hub.state_dict(), state_dict={}), path)
     CheckpointLoader.load_checkpoint(path)
     assert load(path)['message_hub']['log_scalars']['train/loss'].current() == 0.5
+
+
+def test_mmengine_loads_checkpoints_and_nothing_else_where_weights_only_are_forced(tmp_path, bomb):
+    hub = MessageHub.get_instance('test')
+    hub.update_scalar('train/loss', 0.5)
+    milestones = dict(milestones=Counter({8: 1, 11: 1}), device=torch.device('cpu'), kinds={1, 2})
+    torch.save(dict(message_hub=hub.state_dict(), **milestones), tmp_path / 'epoch_1.pth')
+    torch.save(dict(state_dict={}, meta=bomb), tmp_path / 'bad.pth')
+    code = """if True:
+        import os, pickle
+        from functools import partial
+        from mmengine.runner import CheckpointLoader
+        import psbn_mmdet
+        from psbn_mmdet.safe_globals import load_plain
+
+        load_silently = partial(CheckpointLoader.load_checkpoint, logger='silent')
+        seen = []
+        for load in (load_silently, load_plain):
+            content = load('epoch_1.pth')
+            scalars = content.pop('message_hub')['log_scalars']
+            seen.append((float(scalars['train/loss'].current()), *content.values()))
+            try:
+                load('bad.pth')
+            except pickle.UnpicklingError:
+                seen.append('refused')
+        print(*seen, os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'])
+    """
+    env = dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD='1')
+    command = [sys.executable, '-c', code]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    once = "(0.5, Counter({8: 1, 11: 1}), device(type='cpu'), {1, 2}) refused"
+    assert result.stdout.splitlines()[-1] == f'{once} {once} 1'
+    assert not (tmp_path / 'touched').exists()
 
 
 class Call:
