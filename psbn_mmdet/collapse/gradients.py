@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +57,7 @@ class GradientWatch:
             ]
             if groups:
                 self._groups += groups
+                _let_hooks_run(optimizer)
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step(groups)))
 
     def _before_step(self, groups: list[_ParamGroup]) -> Callable:
@@ -100,6 +103,24 @@ class GradientWatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _let_hooks_run(optimizer: Optimizer) -> None:
+    """Give an optimiser's step back its hooks, which torch.compile of torch 2.1 takes away."""
+    step = optimizer.step
+    part: Any = step.__func__ if isinstance(step, MethodType) else step
+    while part is not None:
+        if getattr(part, '__code__', None) is _RUNS_HOOKS:
+            return
+        part = getattr(part, '__wrapped__', None)
+
+    def step_of(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    vars(optimizer)['step'] = MethodType(Optimizer.profile_hook_step(step_of), optimizer)
+
+
+_RUNS_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__  # what torch wraps steps in
 
 
 class _ParamGroup:

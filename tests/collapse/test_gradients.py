@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import ConstantLR, OptimWrapper, OptimWrapperDict
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -222,6 +222,45 @@ def test_gamma_and_beta_in_different_optimisers():
     for optimizer in optimizers:
         optimizer.step()
     assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+
+
+class Unhooked(SGD):
+    """Without hooks, as torch.compile of torch 2.1 leaves all optimisers."""
+
+    def _patch_step_function(self):
+        self._zero_grad_profile_name = 'zero_grad'
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]['params']:
+            param -= 1e-3 * param.grad
+
+
+@pytest.mark.parametrize('counted', [False, True])
+def test_a_step_that_has_lost_its_hooks_is_watched(counted):
+    model = network()
+    optimizer = Unhooked(model.parameters(), lr=1e-3)
+    if counted:  # as MMEngine does
+        ConstantLR(optimizer)
+    before = model[0].weight.clone()
+    watches = [GradientWatch([optimizer], find_norms(model)) for _ in range(2)]
+    model(images()).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+    for watch in watches:
+        assert watch.steps == 1 and trapped_channels(watch) == {'1': TRAPPED, '4': []}
+
+
+def test_a_step_that_has_its_hooks_is_left_alone():
+    optimizer = SGD(network().parameters(), lr=1e-3)
+    GradientWatch([optimizer], find_norms(network()))
+    assert 'step' not in vars(optimizer)
+    ConstantLR(optimizer)
+    step = optimizer.step
+    model = network()
+    optimizer.add_param_group(dict(params=list(model.parameters())))
+    GradientWatch([optimizer], find_norms(model))
+    assert optimizer.step is step
 
 
 def test_close_detaches():
