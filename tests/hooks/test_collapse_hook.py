@@ -571,12 +571,14 @@ def test_the_hook_does_not_change_the_training(tmp_path):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in with_hook.modules())
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='needs torch >= 2.6')
 def test_a_compiled_model_is_counted_like_any(tmp_path):
     cfg = dict(compile=dict(backend='aot_eager'))
     records = records_of(run(tmp_path, Classifier(), epochs=1, cfg=cfg))
-    assert [layer['rectifier'] for layer in records.header['layers']] == ['relu', 'relu']
     assert channels_of(records, records.reports[-1], 'trapped') == KILLED
+    if hasattr(torch.compiler, 'set_stance'):
+        assert [layer['rectifier'] for layer in records.header['layers']] == ['relu', 'relu']
+    else:  # before torch 2.6
+        assert 'dead filters are not counted: this torch cannot run' in texts(tmp_path)
 
 
 def test_tensorboard_has_curves_and_histograms_by_stage(tmp_path):
