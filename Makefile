@@ -1,6 +1,6 @@
 # make setup | demo | demo-compare | figures | docs | test | lint | format | bench | evidence        [STACK=onedl|openmmlab|oldest] [ARGS='...']
-# STACK=oldest: Python 3.9, torch 2.1.0, numpy 1.26.0, mmcv 2.1.0, mmengine 0.10.0, mmdet 3.3.0, the
-# oldest that work, as in PYTHON=python3.9 make test STACK=oldest.
+# STACK=oldest is openmmlab at the oldest supported versions, Python 3.9, torch 2.1.0, numpy 1.26.0,
+# mmcv 2.1.0, mmengine 0.10.0, mmdet 3.3.0: PYTHON=python3.9 make test STACK=oldest
 STACK ?= onedl
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=

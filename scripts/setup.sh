@@ -4,7 +4,7 @@
 #     scripts/setup.sh [onedl|openmmlab|oldest] [dev]
 #
 # onedl goes to .venv, the others to .venv-STACK; `dev` adds the tools of tests and checks. oldest is
-# the openmmlab stack at the lowest versions that work, on Python 3.9.
+# openmmlab at the oldest supported versions, on Python 3.9.
 # pip's own settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, ...) are left as they are.
 # PYTHON names the interpreter, MAX_JOBS and CFLAGS rule the compilation of MMCV's operators.
 set -euo pipefail
