@@ -57,7 +57,7 @@ class GradientWatch:
             ]
             if groups:
                 self._groups += groups
-                _let_hooks_run(optimizer)
+                let_hooks_run(optimizer)
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step(groups)))
 
     def _before_step(self, groups: list[_ParamGroup]) -> Callable:
@@ -105,7 +105,7 @@ class GradientWatch:
         self._handles.clear()
 
 
-def _let_hooks_run(optimizer: Optimizer) -> None:
+def let_hooks_run(optimizer: Optimizer) -> None:
     """Give an optimiser's step back its hooks, which torch.compile of torch 2.1 takes away."""
     step = optimizer.step
     part: Any = step.__func__ if isinstance(step, MethodType) else step

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..layers import PostShiftedBatchNorm
+from .gradients import let_hooks_run
 
 # Lost in any gradient that matters, and not yet 0 in float32 after loss scales and averages.
 OPEN = 1e-25
@@ -100,6 +101,7 @@ class Recovery:
             for device in dict.fromkeys(layer.beta.device for layer in layers):
                 group = _Group([x for x in layers if x.beta.device == device], window)
                 self._groups.append(group)
+                let_hooks_run(optimizer)
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step(group)))
 
     @property

@@ -374,7 +374,8 @@ FIGURES = {  # by the names of their files, in the order of the page
         life_lines,
         'Life lines',
         'One line per channel, drawn while it was collapsed; a circle marks the report that found '
-        'it revived (a black tick, where there are too many for circles).',
+        'it revived (a black tick, where there are too many for circles), a green cross that '
+        'RecoveryHook had opened it.',
     ),
     'scores': Entry(
         scores, 'Average precision', 'On the validation set; resumed runs are put together.'
