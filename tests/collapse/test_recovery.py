@@ -195,7 +195,8 @@ def test_every_optimiser_lets_closed_filters_open_and_leaves_no_moments(name):
     assert decayed[5] and not decayed[[0, 3, 6]].any()
     for param in (net.bn1.weight, net.bn1.beta):
         for key, value in optimizer.state[param].items():
-            if value.shape == param.shape and key not in ('ax', 'step_size'):
+            shape = getattr(value, 'shape', None)  # some count steps in plain numbers
+            if shape == param.shape and key not in ('ax', 'step_size'):
                 assert not value[decayed].any(), key
     for _ in range(60):
         step(net, optimizer, x)
@@ -302,11 +303,10 @@ def test_gradient_checkpointing(reentrant):
 @pytest.mark.parametrize('fused', [False, True])
 def test_mixed_precision_with_a_gradient_scaler(fused):
     net, x = Net(), images()
+    if not hasattr(torch.amp, 'GradScaler'):
+        pytest.skip('torch scales on CPUs from version 2.3 on')
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, fused=fused)
-    try:
-        scaler = torch.amp.GradScaler('cpu', init_scale=2.0**24, growth_interval=10)
-    except AttributeError:
-        pytest.skip('this torch has no gradient scaler for CPUs')
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**24, growth_interval=10)
     recovery = recovery_of(net, optimizer, steps=20)
     opened = torch.zeros(8, dtype=torch.bool)
     for number in range(80):

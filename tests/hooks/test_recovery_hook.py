@@ -44,7 +44,7 @@ def test_without_it_they_stay_and_nothing_speaks_of_recovery(tmp_path):
     records = records_of(runner)
     assert channels_of(records, records.reports[-1], 'trapped') == KILLED
     assert 'recovered' not in records.reports[-1]['total']
-    assert 'recovered: ' not in texts(tmp_path) and 'RecoveryHook' not in texts(tmp_path)
+    assert 'recovered: ' not in texts(tmp_path) and 'RecoveryHook:' not in texts(tmp_path)
 
 
 def test_the_report_before_and_after_is_that_of_the_watched_alone(tmp_path):
