@@ -295,7 +295,8 @@ def test_detection(work_dir, coco_root, cells):
     (pretrained,) = rows_of(result['pretrained'])
     assert pretrained['detector'] == 'retinanet'
     runs = rows_of(result['runs'])
-    assert [row['arm'] for row in runs] == ['BN', 'psBN', 'psBN, revived']
+    arms = ['BN', 'psBN', 'psBN, recovery', 'psBN, revived']
+    assert [row['arm'] for row in runs] == arms
     assert all(0 <= row['AP'] <= row['AP50'] <= 1 for row in runs)
     assert not list((work_dir / 'detection/retinanet').glob('BN*/*.pth'))
 
