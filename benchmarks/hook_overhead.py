@@ -2,7 +2,8 @@
 
 Steps of one detector alternate in one process: with the hook, without, with, ... Each pair gives
 a ratio. Their median says little where a step's own noise is larger than the hook's cost, so the
-time spent inside the hook is taken as well, and given as a share of the step. Then the time of a
+time spent inside the hook is taken as well, and given as a share of the step. The same for the
+RecoveryHook, without closed filters and with 2 % of them. Then the time of a
 report against the number of channels, which must grow linearly.
 """
 
@@ -13,6 +14,8 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from timing import now, spread, write  # noqa: E402
 
 from psbn_mmdet.collapse import GradientWatch, census_of_model, find_norms  # noqa: E402
-from psbn_mmdet.hooks import CollapseHook  # noqa: E402
+from psbn_mmdet.hooks import CollapseHook, RecoveryHook  # noqa: E402
 
 DETECTORS = {
     'demo': ('demo/faster-rcnn_r18_fpn_psbn_demo.py', (128, 128)),
@@ -58,31 +61,75 @@ def build_runner(path: str, scale: tuple[int, int], data_root: str, work_dir: st
     return Runner.from_cfg(cfg)
 
 
+def ready(name: str, data_root: str, work_dir: str) -> tuple[Runner, dict]:
+    """A Runner that can make steps, and a batch."""
+    runner = build_runner(*DETECTORS[name], data_root, work_dir)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.optim_wrapper.initialize_count_status(runner.model, 0, 10**6)
+    runner.model.train()
+    return runner, next(iter(runner.train_dataloader))
+
+
+def summed(inside: list[float], function: Callable) -> Callable:
+    """The function, whose time is added to ``inside[0]``."""
+
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        inside[0] += time.perf_counter() - start
+        return result
+
+    return call
+
+
+def time_recovery(name: str, steps: int, data_root: str, closed: float) -> dict:
+    """Time inside the RecoveryHook, as a share of a step, with a share of all filters closed."""
+    with tempfile.TemporaryDirectory() as work_dir:
+        runner, batch = ready(name, data_root, work_dir)
+        device = next(runner.model.parameters()).device
+        for number, norm in enumerate(find_norms(runner.model).values()):
+            generator = torch.Generator().manual_seed(number)
+            chosen = torch.rand(norm.num_features, generator=generator) < closed
+            norm.weight.data[chosen], norm.beta.data[chosen] = 0.01, -100.0
+        hook = RecoveryHook(steps=10**6)  # so that they stay closed
+        hook.before_run(runner)
+        hook.before_train(runner)
+        inside = [0.0]
+        for group in hook._recovery._groups:
+            group.step = summed(inside, group.step)
+            for layer in group.layers:
+                layer._after_forward = summed(inside, layer._after_forward)
+                layer._before_accumulation = summed(inside, layer._before_accumulation)
+        shares = []
+        for number in range(hook.window + steps):
+            inside[0] = 0.0
+            start = now(device)
+            runner.model.train_step(batch, runner.optim_wrapper)
+            hook.after_train_iter(runner, 0)
+            if number >= hook.window:
+                shares.append(inside[0] / (now(device) - start))
+        watched = sum(int(mask.sum()) for mask in hook._recovery.decayed().values())
+        hook.after_train(runner)
+        # The mean: once in `window` steps all gradients are looked at.
+        return {
+            'closed': closed,
+            'watched': watched,
+            'inside_hook_per_step': float(np.mean(shares)),
+        }
+
+
 def time_detector(name: str, steps: int, data_root: str) -> dict:
     """Time pairs of steps of a detector, with and without the hook at its default settings."""
     with tempfile.TemporaryDirectory() as work_dir:
-        runner = build_runner(*DETECTORS[name], data_root, work_dir)
-        runner._train_loop = runner.build_train_loop(runner._train_loop)
-        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        runner.optim_wrapper.initialize_count_status(runner.model, 0, 10**6)
-        runner.model.train()
-        batch = next(iter(runner.train_dataloader))
+        runner, batch = ready(name, data_root, work_dir)
         device = next(runner.model.parameters()).device
 
         hook = CollapseHook()
         hook.before_run(runner)
         hook.before_train(runner)
         inside = [0.0]
-
-        def timed(function):
-            def call(*args, **kwargs):
-                start = time.perf_counter()
-                result = function(*args, **kwargs)
-                inside[0] += time.perf_counter() - start
-                return result
-
-            return call
-
+        timed = partial(summed, inside)
         for group in hook._watch._groups:
             group.observe = timed(group.observe)
 
@@ -188,6 +235,18 @@ def main() -> None:
             f'inside the hook {100 * row["inside_hook_per_step"]:.3f} % of a step, report '
             f'{row["report_ms"]:.1f} ms; in all {row["overhead"]:.5f}'
         )
+    result['recovery'] = {}
+    for name in DETECTORS:
+        rows = [
+            time_recovery(name, args.steps, args.data_root.rstrip('/') + '/', closed)
+            for closed in (0.0, 0.02)
+        ]
+        result['recovery'][name] = rows
+        for row in rows:
+            print(
+                f'{name}: RecoveryHook with {row["watched"]} closed filters, '
+                f'{100 * row["inside_hook_per_step"]:.3f} % of a step'
+            )
     result['growth'] = time_growth(device)
     for row in result['growth']:
         print(

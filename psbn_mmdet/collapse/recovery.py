@@ -30,7 +30,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
 
 from ..layers import PostShiftedBatchNorm
 from .gradients import let_hooks_run
@@ -219,10 +222,17 @@ class _Layer:
         self._open = None
 
     def _after_forward(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        with _disable_current_modes():  # to a RectifierTrace this is no reader
-            seen = output.detach().index_select(1, self._index).transpose(0, 1).flatten(1)
-            is_open = ~(seen <= 0).all(1)  # what is no number is not closed
-            self._open = is_open if self._open is None else self._open | is_open
+        if _get_current_dispatch_mode() is None:
+            self._look_at(output.detach())
+        else:
+            with _disable_current_modes():  # to a RectifierTrace this is no reader
+                self._look_at(output.detach())
+
+    def _look_at(self, output: Tensor) -> None:
+        seen = output.index_select(1, self._index)
+        # What is no number is not closed.
+        is_open = ~(seen.amax([d for d in range(seen.dim()) if d != 1]) <= 0)
+        self._open = is_open if self._open is None else self._open | is_open
 
     def _before_accumulation(self, grad: Tensor) -> Tensor:
         is_open = self._open
@@ -278,6 +288,7 @@ class _Group:
         gammas: list[Tensor] = [layer.gamma for layer in self._busy]
         betas: list[Tensor] = [layer.beta for layer in self._busy]
         alive = _alive(self._busy)
+        self._take_signs_away(betas)
         found_inf = getattr(optimizer, 'found_inf', None)
         was_closed = self._proof >= self.window
         proof = torch.where(alive | ~self._watched, 0, self._proof + 1)
@@ -298,11 +309,14 @@ class _Group:
             if isinstance(state, Tensor) and state.shape == param.shape and key not in _KEPT
         ]
         _multiply([state for state, _ in moments], [part for _, part in moments])
-        for layer, watched in zip(self._busy, self._watched.split(self._sizes)):
-            grad = layer.beta.grad
-            if grad is not None:  # the sign is nothing to train by
-                grad.masked_fill_(watched & (grad.abs() <= 1000 * _sign(grad.dtype)), 0)
+        for layer in self._busy:
             layer.forget_outputs()
+
+    def _take_signs_away(self, betas: list[Tensor]) -> None:
+        """Leave only what is to be trained by in the gradients."""
+        grads = [torch.zeros_like(b) if b.grad is None else b.grad for b in betas]
+        tiny = torch.cat([grad.float() for grad in grads]).abs() <= 1000 * _sign(grads[0].dtype)
+        _multiply(grads, (~(tiny & self._watched)).float().split(self._sizes))
 
     def _choose(self) -> None:
         """Watch the filters without gradient, where the layer has any."""
@@ -332,14 +346,12 @@ class _Group:
 
 def _alive(layers: Sequence[_Layer]) -> Tensor:
     """Which channels of some layers give a sign of life, or could not have given one."""
-    return torch.cat(
-        [
-            torch.ones_like(layer.watched)
-            if layer.gamma.grad is None or layer.beta.grad is None
-            else (layer.gamma.grad != 0) | (layer.beta.grad != 0)
-            for layer in layers
-        ]
-    )
+
+    def moved(grads: Iterable[Tensor | None]) -> Tensor:
+        filled = [torch.ones_like(x.beta) if g is None else g for x, g in zip(layers, grads)]
+        return torch.cat([grad.float() for grad in filled]) != 0
+
+    return moved(x.gamma.grad for x in layers) | moved(x.beta.grad for x in layers)
 
 
 def _multiply(tensors: list[Tensor], factors: Iterable[Tensor]) -> None:
