@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.utils import ManagerMixin
@@ -75,6 +76,14 @@ def shrink(coco_root: Path) -> Callable[[Config], None]:
         cfg.merge_from_dict(options)
 
     return shrink
+
+
+@pytest.fixture(scope='session')
+def second_device() -> torch.device:
+    """A device beside the CPU that every machine has: torch's lazy tensors, which it computes."""
+    ts_backend = pytest.importorskip('torch._lazy.ts_backend')
+    ts_backend.init()
+    return torch.device('lazy')
 
 
 class Bomb:

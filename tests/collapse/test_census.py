@@ -136,6 +136,17 @@ def test_what_is_not_finite_is_broken_and_collapsed():
         assert found.count('broken') == 4
 
 
+def test_layers_on_two_devices_are_counted_in_their_order(second_device):
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(3), nn.BatchNorm2d(2))
+    model[0].weight.data = torch.tensor([0.0, 1.0])
+    model[1].weight.data = torch.tensor([1.0, 0.0, 2.0])
+    model[2].weight.data = torch.tensor([3.0, 0.0])
+    model[1].to(second_device)
+    found = census_of_model(model)
+    assert found.values('gamma').tolist() == [0, 1, 1, 0, 2, 3, 0]
+    assert [layer.vanished.nonzero()[0].tolist() for layer in found.layers] == [[0], [1], [1]]
+
+
 def test_stages_partition_the_network():
     found = census_of_model(ResNet(18, base_channels=8))
     stages = found.stages()

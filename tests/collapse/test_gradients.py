@@ -112,16 +112,18 @@ def test_what_fails_in_reading_ends_the_watching_and_not_the_step():
     assert watch.steps == 1
 
 
-def test_parameters_on_another_device_are_read_apart():
+def test_parameters_on_two_devices_are_read_each_on_its_own(second_device):
     model = network()
-    other = nn.BatchNorm2d(4, device='meta')
+    other = nn.BatchNorm2d(4).to(second_device)
     norms = {**find_norms(model), 'other': other}
-    watch = GradientWatch([SGD([*model.parameters(), *other.parameters()], lr=0)], norms)
-    assert [group.layers[::2] for group in watch._groups] == [['1', '4'], ['other']]
+    optimizer = SGD([*model.parameters(), *other.parameters()], lr=0, foreach=False)
+    watch = GradientWatch([optimizer], norms)
     model(images()).sum().backward()
-    for group in watch._groups:
-        group.observe(0, None)
-    assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
+    for param in other.parameters():
+        param.grad = torch.tensor([1.0, 0.0, 1.0, 0.0], device=second_device)
+    optimizer.step()
+    assert trapped_channels(watch) == {'1': TRAPPED, '4': [], 'other': [1, 3]}
+    assert watch.failure is None and watch.steps == 1
 
 
 def test_layers_outside_the_graph_are_not_observed():
@@ -261,6 +263,18 @@ def test_a_step_that_has_its_hooks_is_left_alone():
     optimizer.add_param_group(dict(params=list(model.parameters())))
     GradientWatch([optimizer], find_norms(model))
     assert optimizer.step is step
+
+
+def test_a_gradient_of_gamma_or_of_beta_is_enough():
+    for optimizers in (lambda ps: [SGD(ps, lr=0)], lambda ps: [SGD([p], lr=0) for p in ps]):
+        model = nn.Sequential(nn.BatchNorm2d(4))
+        optimizers = optimizers(list(model.parameters()))
+        watch = GradientWatch(optimizers, find_norms(model))
+        model[0].weight.grad = torch.tensor([1.0, 0.0, 0.0, -1e-30])
+        model[0].bias.grad = torch.tensor([0.0, 1.0, 0.0, 0.0])
+        for optimizer in optimizers:
+            optimizer.step()
+        assert trapped_channels(watch) == {'0': [2]}
 
 
 def test_close_detaches():

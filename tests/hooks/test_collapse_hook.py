@@ -288,21 +288,31 @@ def test_vanished_filters_of_a_checkpoint_are_counted_from_the_start(tmp_path):
     assert 'unstarted' not in texts(tmp_path / 'run').split('Collapsed filters')[0]
 
 
-def test_what_is_dead_alone_and_trapped_alone_is_told_apart(tmp_path):
-    class Cut(Classifier):
+def test_each_kind_alone_is_told_from_the_others(tmp_path):
+    class Each(Classifier):
         def __init__(self):
             super().__init__(killed={})
-            nn.init.normal_(self.stem[1].weight, 1, 0.1)
-            self.stem[1].weight.data[1] = 0.5  # opens for xhat > 2.2
-            self.stem[1].bias.data[1] = -1.1
-            for param in self.stem[1].parameters():
+            norm = self.stem[1]
+            nn.init.normal_(norm.weight, 1, 0.1)
+            norm.weight.data[1], norm.bias.data[1] = 0.5, -1.1  # dead: opens for xhat > 2.2
+            norm.weight.data[2], norm.bias.data[2] = 1e-4, 0.5  # vanished: its rectifier is open
+            for param in norm.parameters():  # trapped
                 param.register_hook(lambda grad: grad * (torch.arange(8) != 6))
 
-    records = records_of(run(tmp_path, Cut(), lr=1e-6, hook=dict(interval=12, window=12, k=2)))
+        def train_step(self, data, optim_wrapper):
+            self.head[1].weight.data.nan_to_num_(1)  # else all is NaN soon
+            losses = super().train_step(data, optim_wrapper)
+            self.head[1].weight.data[3] = math.nan
+            return losses
+
+    records = records_of(run(tmp_path, Each(), lr=1e-6, hook=dict(interval=12, window=12, k=2)))
+    assert len(records.reports) == 2
     for report in records.reports:
+        assert channels_of(records, report, 'vanished') == {'stem.1': [2]}
         assert channels_of(records, report, 'dead') == {'stem.1': [1]}
         assert channels_of(records, report, 'trapped') == {'stem.1': [6]}
-        assert channels_of(records, report, 'collapsed') == {'stem.1': [1, 6]}
+        assert channels_of(records, report, 'broken') == {'head.1': [3]}
+        assert channels_of(records, report, 'collapsed') == {'stem.1': [1, 2, 6], 'head.1': [3]}
 
 
 @pytest.mark.parametrize('tensorboard', [False, True])

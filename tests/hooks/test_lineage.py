@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import Classifier, records_of, run, texts
+from small_run import Classifier, channels_of, records_of, run, texts
 from torch import nn
 
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
@@ -112,11 +112,13 @@ def test_a_record_that_is_gone_is_said_and_no_other_taken(tmp_path, how):
     assert 'collapse.jsonl, is gone: a new one is begun' in texts(tmp_path)
 
 
-def test_a_record_of_other_layers_is_said_and_not_continued(tmp_path):
+@pytest.mark.parametrize('other', ['name', 'channels', 'order'])
+def test_a_record_of_other_layers_is_said_and_not_continued(tmp_path, other):
     first = resumable(tmp_path, 1)
     path = Path(first.log_dir) / 'collapse.jsonl'
-    layers = records_of(first).header['layers']
-    edited(path, layers=[layers[0] | dict(name='stem.9'), layers[1]])
+    stem, head = records_of(first).header['layers']
+    stem_of_other = stem | dict(name=dict(name='stem.9'), channels=dict(channels=9)).get(other, {})
+    edited(path, layers=[head, stem] if other == 'order' else [stem_of_other, head])
     second = resumable(tmp_path, 2, resume=True)
     assert [r['iter'] for r in records_of(second).reports] == [16, 20, 24]
     assert 'network with other BN layers' in texts(tmp_path)
@@ -127,6 +129,39 @@ def test_a_checkpoint_without_a_record_is_said(tmp_path):
     second = resumable(tmp_path, 2, resume=True)
     assert [r['iter'] for r in records_of(second).reports] == [16, 20, 24]
     assert 'the checkpoint names no record' in texts(tmp_path)
+
+
+class Trapping(Classifier):
+    """One filter gets no gradient; its layer gets none at all from one iteration to another."""
+
+    def __init__(self, idle):
+        super().__init__(killed={})
+        nn.init.normal_(self.stem[1].weight, 1, 0.1)
+        for param in self.stem[1].parameters():
+            param.register_hook(lambda grad: grad * (torch.arange(8) != 6))
+        self.idle, self.calls = idle, 0
+
+    def train_step(self, data, optim_wrapper):
+        self.stem[1].requires_grad_(self.calls not in self.idle)
+        self.calls += 1
+        return super().train_step(data, optim_wrapper)
+
+
+@pytest.mark.parametrize('last', ['observed', 'not observed'])
+def test_what_was_trapped_before_a_resume_is_not_revived_by_it(tmp_path, last):
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    idle = range(8, 12) if last == 'not observed' else ()
+    first = run(tmp_path, Trapping(idle), epochs=1, default_hooks=hooks)
+    known = [report['layers']['trapped'][0] for report in records_of(first).reports]
+    assert known == [1, 1, 1 if last == 'observed' else None]
+    time.sleep(1)
+    second = run(tmp_path, Trapping(range(8)), epochs=2, resume=True)
+    resumed = records_of(second)
+    assert [r['layers']['trapped'][0] for r in resumed.reports] == [*known, None, None, 1]
+    for report in resumed.reports:
+        assert channels_of(resumed, report, 'collapsed') == {'stem.1': [6]}
+        assert report['total']['revived'] == 0
+    assert [report['total']['new'] for report in resumed.reports] == [1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize('record', [True, False])

@@ -284,15 +284,24 @@ def test_another_shift_keeps_the_function_in_any_precision(file, layer):
     assert torch.allclose(new.bias.float(), old.bias.float(), rtol=coarsest, atol=coarsest)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('kind', ['BN', 'psBN', 'psBN, other shift'])
-def test_assigned_entries_have_the_type_of_the_file(kind):
+def test_assigned_entries_have_the_type_of_the_file(kind, dtype):
     norm = nn.BatchNorm2d(4) if kind == 'BN' else PostShiftedBatchNorm2d(4)
-    norm = norm.to(torch.bfloat16)
+    norm = norm.to(dtype)
     layer = PostShiftedBatchNorm2d(4, shift=0.5 if 'other' in kind else 0.1)
     layer.load_state_dict(norm.state_dict(), assign=True)
     for entry in ('weight', 'beta', 'shift'):
-        assert getattr(layer, entry).dtype == torch.bfloat16
-    assert torch.allclose(layer.bias, norm.bias, atol=0.01)
+        assert getattr(layer, entry).dtype == dtype
+    assert torch.allclose(layer.bias, norm.bias, rtol=0, atol=torch.finfo(dtype).eps)
+
+
+def test_an_assigned_shift_that_another_type_has_rounded_is_kept_with_its_beta():
+    old = PostShiftedBatchNorm2d(4).half().float()
+    assert old.shift != torch.tensor(0.1)
+    layer = PostShiftedBatchNorm2d(4).half()
+    layer.load_state_dict(old.state_dict(), assign=True)
+    assert torch.equal(layer.shift, old.shift) and torch.equal(layer.bias, old.bias)
 
 
 def test_what_was_loaded_last_tells_whether_it_was_bn():
@@ -304,6 +313,8 @@ def test_what_was_loaded_last_tells_whether_it_was_bn():
     ):
         layer.load_state_dict(norm.state_dict())
         assert layer.read_as_bn is is_bn
+    layer.load_state_dict({}, strict=False)  # nothing for it
+    assert layer.read_as_bn
 
 
 @pytest.mark.parametrize('assign', [False, True])
