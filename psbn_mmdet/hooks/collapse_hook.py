@@ -253,7 +253,8 @@ class CollapseHook(Hook):
         self._parts.run('records', self._journal.write, runner, report, steps)
 
     def _warn(self, runner: Runner, report: Report, steps: int) -> None:
-        if steps == 0:
+        trained = any(not layer.frozen for layer in report.census.layers)
+        if steps == 0 and trained:
             runner.logger.warning(
                 'CollapseHook: trapped filters not observed: no optimiser step in the last '
                 f'{self.interval} iterations.'
