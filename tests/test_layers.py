@@ -515,6 +515,15 @@ def test_each_class_is_converted_to_its_own_and_back(bn, psbn, shape):
     assert torch.allclose(back(x), expected, atol=1e-6)
 
 
+def test_what_mmengine_makes_of_sync_bn_in_one_process_is_converted():
+    layer = randomize(revert_sync_batchnorm(nn.SyncBatchNorm(6))).eval()
+    x = torch.randn(4, 6, 5)
+    expected = layer(x)
+    converted = bn_to_psbn(layer)
+    assert type(converted) is PostShiftedSyncBatchNorm and converted.process_group is None
+    assert torch.allclose(converted(x), expected, atol=1e-6)
+
+
 def test_psbn_without_beta_becomes_bn_with_a_constant_bias():
     layer = PostShiftedBatchNorm2d(6, affine=False)
     x = torch.randn(4, 6, 5, 5)
@@ -527,7 +536,11 @@ def test_conversion_leaves_alone_what_it_cannot_or_should_not_convert():
     class Custom(nn.BatchNorm2d):
         pass
 
-    model = nn.Sequential(Custom(6), nn.BatchNorm2d(6, affine=False), nn.InstanceNorm2d(6))
+    without_bias = nn.BatchNorm2d(6)
+    without_bias.bias = None
+    model = nn.Sequential(
+        Custom(6), nn.BatchNorm2d(6, affine=False), without_bias, nn.InstanceNorm2d(6)
+    )
     before = list(model)
     assert list(bn_to_psbn(model)) == before
 

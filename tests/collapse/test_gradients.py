@@ -1,5 +1,7 @@
 """Which filters get no gradient, read before the optimiser's step."""
 
+import inspect
+
 import pytest
 import torch
 from mmengine.optim import ConstantLR, OptimWrapper, OptimWrapperDict
@@ -198,6 +200,22 @@ def test_loss_scaling_and_skipped_steps(fused):
     watch.now = 1
     step(float('inf'))  # what it had is no gradient that reached a filter
     assert watch.steps == 1 and not any(mask.any() for mask in watch.reached(since=1).values())
+
+
+@pytest.mark.skipif(
+    'fused' not in inspect.signature(SGD).parameters, reason='this torch has no fused SGD'
+)
+def test_a_step_is_skipped_by_a_scaler_on_another_device(second_device):
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1, fused=True)
+    watch = GradientWatch([optimizer], find_norms(model))
+    optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0, device=second_device)
+    model(images()).sum().backward()
+    optimizer.step()
+    assert watch.failure is None and watch.steps == 0 and watch.reached() == {}
+    optimizer.found_inf = torch.tensor(0.0, device=second_device)
+    optimizer.step()
+    assert watch.steps == 1 and trapped_channels(watch) == {'1': TRAPPED, '4': []}
 
 
 def test_several_optimisers_are_watched_each_by_its_own_steps():

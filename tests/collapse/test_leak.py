@@ -29,6 +29,18 @@ def test_closed_half_open_and_open_filters(inplace):
     assert not model[1]._forward_hooks
 
 
+def test_the_share_does_not_depend_on_the_size_of_the_loss():
+    model = network(False).double()
+    x = X.double()
+    rectifiers = trace_rectifiers(model, x)
+    shares = [leak_share(model, lambda: model(x).sum() * f, rectifiers)['1'] for f in (1, 1e-6)]  # noqa: B023
+    assert shares[0] == pytest.approx(shares[1], rel=1e-9)
+    y = model[:2](x)[:, 1]
+    closed, opened = int((y < 0).sum()), int((y > 0).sum())
+    assert shares[0][1] == pytest.approx(SLOPE * closed / (SLOPE * closed + opened), rel=1e-9)
+    assert shares[0][[0, 2]].tolist() == [1, 0]
+
+
 def test_layers_before_other_rectifiers_are_not_measured():
     model = network(False, nn.ReLU)
     assert leak_share(model, lambda: model(X).sum(), trace_rectifiers(model, X)) == {}

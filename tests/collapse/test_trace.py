@@ -394,11 +394,12 @@ def test_a_step_that_fails_leaves_nothing_behind(where):
     assert 'train_step' not in vars(model)
 
 
-def test_what_fails_in_the_watching_ends_it_and_not_the_step(monkeypatch):
+@pytest.mark.parametrize('part', ['_outputs_in', '_note'])
+def test_what_fails_in_the_watching_ends_it_and_not_the_step(monkeypatch, part):
     def fail(*args):
         raise KeyError('of ours')
 
-    monkeypatch.setattr(RectifierTrace, '_note', fail)
+    monkeypatch.setattr(RectifierTrace, part, fail)
     model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), step=lambda model, x: model(x).sum().item())
     expected = model.step(model, IMAGE)
     trace = StepTrace(model, model)

@@ -110,6 +110,21 @@ def test_a_table_by_stage_is_logged_at_each_epochs_end(tmp_path):
     assert rows['all'] == ['16', '8', '0', '0', '4', '3', '0', '4', '0', '0']
 
 
+def test_the_table_adds_up_what_is_new_and_revived_in_its_epoch(tmp_path):
+    runner = run(tmp_path, Classifier(PostShiftedBatchNorm2d), lr=0.1, weight_decay=0.5, epochs=8)
+    rows = re.findall(r'all\W+(\d+.*\d)', texts(tmp_path).replace('│', ' '))
+    found = [[int(cell) for cell in row.split()[-2:]] for row in rows]
+    reports = records_of(runner).reports
+    assert found == [
+        [
+            sum(report['total'][kind] for report in reports if report['epoch'] == epoch)
+            for kind in ('new', 'revived')
+        ]
+        for epoch in range(1, 9)
+    ]
+    assert sum(new for new, _ in found) > 0 and sum(revived for _, revived in found) > 0
+
+
 def test_an_epoch_without_a_report_has_a_table_too(tmp_path):
     run(tmp_path, Classifier(), epochs=1, hook=dict(interval=100, window=100))
     table = texts(tmp_path)
@@ -274,6 +289,41 @@ def test_what_the_first_step_kills_is_new(tmp_path):
     assert channels_of(records, records.reports[0], 'dead') == {'stem.1': [2]}
 
 
+def test_what_is_known_to_be_dead_only_later_is_not_new(tmp_path):
+    class Late(Classifier):
+        """Its head runs from the third report on."""
+
+        calls = 0
+
+        def forward(self, images, labels, mode='tensor'):
+            self.calls += 1
+            if self.calls > 8:
+                return super().forward(images, labels, mode)
+            logits = self.linear(self.stem(torch.stack(images)).mean((2, 3)))
+            return dict(loss=nn.functional.cross_entropy(logits, torch.as_tensor(labels)))
+
+    records = records_of(run(tmp_path, Late()))
+    known = [report['layers']['dead'][1] for report in records.reports]
+    assert known == [None, None, 1, 1, 1, 1]
+    assert all(r['total']['new'] == r['total']['revived'] == 0 for r in records.reports)
+
+
+def test_a_layer_that_is_not_trained_does_not_begin(tmp_path):
+    records = records_of(run(tmp_path, Classifier(killed={}, frozen_head=True), epochs=1))
+    for report in records.reports:
+        assert channels_of(records, report, 'unstarted') == {'head.1': list(range(8))}
+
+
+def test_no_step_is_missed_where_no_layer_is_trained(tmp_path):
+    model = Classifier()
+    model.stem.requires_grad_(False)
+    model.head.requires_grad_(False)
+    records = records_of(run(tmp_path, model, epochs=1))
+    assert [report['steps'] for report in records.reports] == [0, 0, 0]
+    assert [report['total']['trapped'] for report in records.reports] == [None] * 3
+    assert 'trapped filters not observed' not in texts(tmp_path)
+
+
 def test_vanished_filters_of_a_checkpoint_are_counted_from_the_start(tmp_path):
     model = Classifier(killed={})
     nn.init.normal_(model.head[1].weight)
@@ -313,6 +363,8 @@ def test_each_kind_alone_is_told_from_the_others(tmp_path):
         assert channels_of(records, report, 'trapped') == {'stem.1': [6]}
         assert channels_of(records, report, 'broken') == {'head.1': [3]}
         assert channels_of(records, report, 'collapsed') == {'stem.1': [1, 2, 6], 'head.1': [3]}
+    new = [channels_of(records, report, 'new') for report in records.reports]
+    assert new == [{'stem.1': [6], 'head.1': [3]}, {}]  # dead and vanished were so at the start
 
 
 @pytest.mark.parametrize('tensorboard', [False, True])

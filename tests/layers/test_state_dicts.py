@@ -213,6 +213,14 @@ def test_reviving_leaves_the_shift_in_where_nothing_passes(of):
         assert torch.allclose(rise[[2, 4]], torch.zeros(2), atol=1e-7)
 
 
+def test_closed_is_what_opens_only_beyond_three_standard_deviations():
+    norm = nn.BatchNorm2d(6)
+    norm.weight.data = torch.tensor([0.25, -0.25, 0.25, -0.25, 0.25, 0.25])
+    norm.bias.data = torch.tensor([-0.75, -0.75, -0.74, -0.74, -0.9, -0.6])
+    rise = bn_to_psbn(copy.deepcopy(norm), revive='collapsed').bias - norm.bias
+    assert (rise > 0.05).tolist() == [True, True, False, False, True, False]
+
+
 def test_revived_filters_get_gradient_from_the_first_step_on():
     for revive, trained in (('none', [2, 4]), ('collapsed', [0, 1, 2, 4])):
         model = bn_to_psbn(half_collapsed(), revive=revive)
