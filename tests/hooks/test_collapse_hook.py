@@ -314,11 +314,14 @@ def test_a_layer_that_is_not_trained_does_not_begin(tmp_path):
         assert channels_of(records, report, 'unstarted') == {'head.1': list(range(8))}
 
 
-def test_no_step_is_missed_where_no_layer_is_trained(tmp_path):
+@pytest.mark.parametrize('optimised', ['all', 'linear'])
+def test_no_step_is_missed_where_no_layer_is_trained(tmp_path, optimised):
     model = Classifier()
     model.stem.requires_grad_(False)
     model.head.requires_grad_(False)
-    records = records_of(run(tmp_path, model, epochs=1))
+    params = (model if optimised == 'all' else model.linear).parameters()
+    wrapper = OptimWrapper(torch.optim.SGD(params, lr=0.01))
+    records = records_of(run(tmp_path, model, epochs=1, optim_wrapper=wrapper))
     assert [report['steps'] for report in records.reports] == [0, 0, 0]
     assert [report['total']['trapped'] for report in records.reports] == [None] * 3
     assert 'trapped filters not observed' not in texts(tmp_path)
