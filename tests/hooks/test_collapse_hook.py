@@ -201,6 +201,14 @@ def test_several_optimisers(tmp_path):
     assert records.reports[0]['lr'] == {'stem.lr': 0.01, 'rest.lr': 0.01}
 
 
+def test_the_learning_rate_of_the_first_parameter_group_is_recorded(tmp_path):
+    model = Classifier()
+    groups = [dict(params=model.stem.parameters(), lr=0.5), dict(params=model.head.parameters())]
+    wrapper = OptimWrapper(torch.optim.SGD(groups, lr=0.01))
+    records = records_of(run(tmp_path, model, epochs=1, optim_wrapper=wrapper))
+    assert records.reports[0]['lr']['lr'] == 0.5
+
+
 def test_scalars_and_stages_can_be_chosen(tmp_path):
     run(tmp_path, Classifier(), hook=dict(scalars=['new'], by_stage=True))
     line = next(x for x in texts(tmp_path).splitlines() if 'Epoch(train)' in x)
@@ -274,6 +282,15 @@ def test_a_filter_begins_with_a_gradient_and_a_gamma_above_tau(tmp_path):
         assert channels_of(records, report, 'unstarted') == {'head.1': [5]}
         assert report['total']['collapsed'] == 0
     assert model.head[1].weight[5] == 0
+
+
+def test_a_gamma_of_exactly_tau_has_not_begun(tmp_path):
+    model = Classifier(killed={})
+    model.head[1].weight.data.fill_(0.5)
+    records = records_of(run(tmp_path, model, hook=dict(tau=0.5), lr=0.0, epochs=1))
+    for report in records.reports:
+        assert channels_of(records, report, 'unstarted') == {'head.1': list(range(8))}
+        assert report['total']['collapsed'] == 0
 
 
 def test_what_the_first_step_kills_is_new(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Rprop
 
 from psbn_mmdet.collapse import find_norms
 from psbn_mmdet.hooks.weight_decay import weight_decay_warning
@@ -84,6 +84,17 @@ def test_the_settings_that_take_decay_from_norms_are_named(cfg, settings):
     model = network()
     groups = [dict(params=model.parameters(), weight_decay=0)]
     assert settings in warning(model, SGD(groups, lr=0.1, weight_decay=0.1), **cfg)
+
+
+def test_an_optimiser_that_knows_no_decay_gives_none():
+    model = network()
+    assert '2 of 2' in warning(model, Rprop(model.parameters()))
+
+
+def test_a_layer_without_beta_is_judged_by_its_gamma():
+    model = nn.Sequential(PostShiftedBatchNorm2d(4, bias=False))
+    assert warning(model, SGD(model.parameters(), lr=0.1, weight_decay=0.1)) is None
+    assert '1 of 1' in warning(model, SGD(model.parameters(), lr=0.1))
 
 
 def test_bn_needs_no_decay():

@@ -166,6 +166,10 @@ def test_layers_are_found_by_their_entries():
     state_dict['scaled.running_var'] = torch.ones(4)
     state_dict['odd.weight'], state_dict['odd.bias'] = torch.ones(4), torch.ones(5)
     state_dict['odd.running_var'] = torch.ones(4)
+    for name, shape in (('scalar', ()), ('matrix', (4, 4))):
+        for entry in ('weight', 'bias', 'running_var'):
+            state_dict[f'{name}.{entry}'] = torch.ones(shape)
+    state_dict['bare.beta'], state_dict['bare.shift'] = torch.ones(4), torch.ones(())
     assert find_norm_states(state_dict) == {
         'bn': 'BN',
         'psbn': 'psBN',
@@ -174,6 +178,9 @@ def test_layers_are_found_by_their_entries():
         'shift_only': 'no beta',
         'scaled': 'no bias',
         'odd': 'shapes differ',
+        'scalar': 'shapes differ',
+        'matrix': 'shapes differ',
+        'bare': 'no gamma',
     }
     assert find_norm_states(nn.BatchNorm2d(4).state_dict()) == {'': 'BN'}
 
@@ -184,6 +191,17 @@ def test_what_cannot_be_converted_is_left_alone():
     converted = bn_to_psbn(state_dict)
     assert list(converted) == list(state_dict)
     assert all(torch.equal(converted[key], state_dict[key]) for key in state_dict)
+
+
+def test_of_a_mixed_state_dict_each_direction_converts_its_own_kind():
+    model = nn.Sequential(
+        nn.BatchNorm2d(4), PostShiftedBatchNorm2d(4), PostShiftedBatchNorm2d(4, bias=False)
+    )
+    state_dict = model.state_dict()
+    kinds = dict(zip('012', ('BN', 'psBN', 'no beta')))
+    assert find_norm_states(state_dict) == kinds
+    assert find_norm_states(bn_to_psbn(state_dict)) == kinds | {'0': 'psBN'}
+    assert find_norm_states(psbn_to_bn(state_dict)) == kinds | {'1': 'BN'}
 
 
 # Revival: channel 0 is collapsed, 1 dead with a gamma, 2 vanished but alive, 3 far below, 4 well.

@@ -85,6 +85,13 @@ def test_other_damage_is_rejected_with_the_line_number(path, damage, number):
         read_records(path)
 
 
+def test_records_of_the_first_version_are_read(path):
+    header, *reports = path.read_text().splitlines()
+    assert json.loads(header) == dict(format=1, **HEADER)
+    path.write_text('\n'.join([json.dumps(dict(format=1, **HEADER)), *reports, '']))
+    assert len(read_records(path).reports) == 3
+
+
 def test_another_format_and_an_empty_file_are_rejected(path):
     path.write_text(json.dumps(dict(format=99)) + '\n')
     with pytest.raises(ValueError, match='format 99'):
