@@ -83,16 +83,18 @@ def test_thresholds_out_of_range_are_refused(tau, k):
 
 
 def test_a_layer_as_initialised_has_lost_nothing():
-    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(1))
-    rectifiers = dict.fromkeys('012', 'relu')
-    nn.init.zeros_(model[0].weight)  # as zero_init_residual does
-    nn.init.zeros_(model[2].weight)
+    model = nn.Sequential(
+        nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(1), nn.BatchNorm2d(2)
+    )
+    rectifiers = dict.fromkeys('0123', 'relu')
+    for index in (0, 2, 3):  # as zero_init_residual does
+        nn.init.zeros_(model[index].weight)
     found = census_of_model(model, rectifiers=rectifiers, trapped={'1': np.ones(4, bool)})
-    assert found.count('unstarted') == 8
+    assert found.count('unstarted') == 10
     assert found['0'].vanished.sum() == found['0'].dead.sum() == found['1'].trapped.sum() == 0
     assert found['2'].vanished.all()  # one channel alone tells nothing
     state_dict = census_of_state_dict(bn_to_psbn(model).state_dict(), rectifiers=rectifiers)
-    assert [layer.unstarted.sum() for layer in state_dict.layers] == [4, 4, 0]
+    assert [layer.unstarted.sum() for layer in state_dict.layers] == [4, 4, 0, 2]
     model[0].beta.data[1] += 1e-6  # no initialisation leaves a layer so
     found = census_of_model(model, rectifiers=rectifiers)
     assert found['0'].unstarted.sum() == 0 and found['0'].vanished.all() and found['0'].dead.any()

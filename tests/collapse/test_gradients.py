@@ -138,6 +138,8 @@ def test_layers_outside_the_graph_are_not_observed():
             model['used'](images()).sum().backward()
         optimizer.step()
     assert trapped_channels(watch) == {'used.1': TRAPPED, 'used.4': []}
+    assert watch.trapped(-1).keys() == {'used.1', 'used.4'}
+    assert watch.trapped(-1)['used.1'].nonzero()[0].tolist() == TRAPPED
 
 
 def test_frozen_layers_are_not_observed_and_partly_frozen_ones_are():

@@ -41,6 +41,14 @@ def test_the_share_does_not_depend_on_the_size_of_the_loss():
     assert shares[0][[0, 2]].tolist() == [1, 0]
 
 
+def test_parameters_that_the_loss_does_not_use_do_no_harm():
+    model = network(False)
+    expected = leak_share(model, lambda: model(X).sum(), {'1': 'leaky_relu'})
+    model.idle = nn.Linear(2, 2)
+    with_idle = leak_share(model, lambda: model[:3](X).sum(), {'1': 'leaky_relu'})
+    assert with_idle['1'] == pytest.approx(expected['1'])
+
+
 def test_layers_before_other_rectifiers_are_not_measured():
     model = network(False, nn.ReLU)
     assert leak_share(model, lambda: model(X).sum(), trace_rectifiers(model, X)) == {}

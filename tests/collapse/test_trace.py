@@ -82,6 +82,12 @@ OTHER = {
     'clamp(min=-1)': lambda x: x.clamp(min=-1),
     'clamp(max=0)': lambda x: x.clamp(max=0),
     'hardtanh': F.hardtanh,
+    'cumsum(0)': lambda x: x.cumsum(0),
+    'softmax(0)': lambda x: x.softmax(0),
+    'power of 0': lambda x: x.pow(0),
+    'triangle': lambda x: x.triu(0),
+    'threshold at 0 with another value': lambda x: F.threshold(x, 0.0, 1.0),
+    'threshold at 1': lambda x: F.threshold(x, 1.0, 0.0),
     'concatenation': lambda x: torch.cat([x, x], dim=1),
 }
 
@@ -108,6 +114,22 @@ def test_a_layer_that_did_not_run_is_absent():
     model = nn.ModuleDict(dict(used=After(F.relu), unused=nn.BatchNorm2d(4)))
     model.forward = lambda x: model['used'](x)
     assert trace_rectifiers(model, torch.randn(2, 4, 6, 6)) == {'used.norm': 'relu'}
+
+
+def test_what_runs_after_a_layer_that_failed_is_not_taken_for_its_output():
+    class Raising(nn.BatchNorm2d):
+        def forward(self, x):
+            raise ValueError
+
+    model = nn.Sequential(Raising(4))
+
+    def forward(x):
+        with pytest.raises(ValueError):  # noqa: PT011
+            model[0](x)
+        return F.batch_norm(x, None, None, training=True).relu()
+
+    model.forward = forward
+    assert trace_rectifiers(model, torch.randn(2, 4, 6, 6)) == {}
 
 
 def test_a_layer_called_twice_needs_a_rectifier_both_times():

@@ -112,6 +112,19 @@ def test_a_record_that_is_gone_is_said_and_no_other_taken(tmp_path, how):
     assert 'collapse.jsonl, is gone: a new one is begun' in texts(tmp_path)
 
 
+@pytest.mark.parametrize('identity', ['', 'z'])
+def test_a_folder_of_the_same_name_does_not_hide_the_record(tmp_path, identity):
+    first = resumable(tmp_path / 'run', 1)
+    double = tmp_path / 'other' / Path(first.log_dir).name
+    shutil.copytree(first.log_dir, double)
+    edited(double / 'collapse.jsonl', id=identity)
+    checkpoint = str(tmp_path / 'run/epoch_1.pth')
+    second = resumable(tmp_path / 'other', 2, resume=True, load_from=checkpoint)
+    assert [r['iter'] for r in records_of(second).reports] == [4, 8, 12, 16, 20, 24]
+    earlier = Path(second.log_dir) / records_of(second).header['continues']
+    assert earlier.resolve() == Path(first.log_dir).resolve()
+
+
 @pytest.mark.parametrize('other', ['name', 'channels', 'order'])
 def test_a_record_of_other_layers_is_said_and_not_continued(tmp_path, other):
     first = resumable(tmp_path, 1)

@@ -162,7 +162,8 @@ def test_layers_are_found_by_their_entries():
             linear=nn.Linear(4, 4),
         )
     )
-    state_dict = dict(model.state_dict(), **{'scaled.weight': torch.ones(4)})
+    state_dict = {'no_norm.beta': torch.ones(4), **model.state_dict()}
+    state_dict['scaled.weight'] = torch.ones(4)
     state_dict['scaled.running_var'] = torch.ones(4)
     state_dict['odd.weight'], state_dict['odd.bias'] = torch.ones(4), torch.ones(5)
     state_dict['odd.running_var'] = torch.ones(4)

@@ -93,9 +93,10 @@ def test_records_of_the_first_version_are_read(path):
 
 
 def test_another_format_and_an_empty_file_are_rejected(path):
-    path.write_text(json.dumps(dict(format=99)) + '\n')
-    with pytest.raises(ValueError, match='format 99'):
-        read_records(path)
+    for other in (0, 99):
+        path.write_text(json.dumps(dict(format=other)) + '\n')
+        with pytest.raises(ValueError, match=f'format {other}'):
+            read_records(path)
     path.write_text('')
     with pytest.raises(ValueError, match='no header'):
         read_records(path)

@@ -53,7 +53,8 @@ def test_a_damaged_snapshot_is_named(tmp_path, content):
         read_snapshot(path, 3)
 
 
-def test_a_snapshot_of_another_network_is_refused(tmp_path):
+@pytest.mark.parametrize('channels', [2, 4])
+def test_a_snapshot_of_another_network_is_refused(tmp_path, channels):
     path = write_snapshot(tmp_path, 90, GAMMA, SHIFT)
-    with pytest.raises(ValueError, match=r'shape \(2, 3\), the record has 4 channels'):
-        read_snapshot(path, 4)
+    with pytest.raises(ValueError, match=rf'shape \(2, 3\), the record has {channels} channels'):
+        read_snapshot(path, channels)
