@@ -52,3 +52,4 @@ def test_parameters_that_the_loss_does_not_use_do_no_harm():
 def test_layers_before_other_rectifiers_are_not_measured():
     model = network(False, nn.ReLU)
     assert leak_share(model, lambda: model(X).sum(), trace_rectifiers(model, X)) == {}
+    assert leak_share(model, lambda: model(X).sum(), {}) == {}

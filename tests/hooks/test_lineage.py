@@ -145,11 +145,12 @@ def test_a_checkpoint_without_a_record_is_said(tmp_path):
 
 
 class Trapping(Classifier):
-    """One filter gets no gradient; its layer gets none at all from one iteration to another."""
+    """Filter 6 gets no gradient, filter 1 is dead alone; some iterations do not train the layer."""
 
     def __init__(self, idle):
         super().__init__(killed={})
         nn.init.normal_(self.stem[1].weight, 1, 0.1)
+        self.stem[1].weight.data[1], self.stem[1].bias.data[1] = 0.5, -1.1  # opens for xhat > 2.2
         for param in self.stem[1].parameters():
             param.register_hook(lambda grad: grad * (torch.arange(8) != 6))
         self.idle, self.calls = idle, 0
@@ -160,20 +161,33 @@ class Trapping(Classifier):
         return super().train_step(data, optim_wrapper)
 
 
+class Opening(Trapping):
+    """The dead one opens."""
+
+    def train_step(self, data, optim_wrapper):
+        self.stem[1].bias.data[1] = 0.0
+        return super().train_step(data, optim_wrapper)
+
+
 @pytest.mark.parametrize('last', ['observed', 'not observed'])
-def test_what_was_trapped_before_a_resume_is_not_revived_by_it(tmp_path, last):
-    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+def test_after_a_resume_what_was_trapped_is_so_still_and_what_was_dead_can_revive(tmp_path, last):
+    settings = dict(
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+        hook=dict(k=2),
+        lr=1e-6,
+    )
     idle = range(8, 12) if last == 'not observed' else ()
-    first = run(tmp_path, Trapping(idle), epochs=1, default_hooks=hooks)
+    first = run(tmp_path, Trapping(idle), epochs=1, **settings)
     known = [report['layers']['trapped'][0] for report in records_of(first).reports]
     assert known == [1, 1, 1 if last == 'observed' else None]
     time.sleep(1)
-    second = run(tmp_path, Trapping(range(8)), epochs=2, resume=True)
+    second = run(tmp_path, Opening(range(8)), epochs=2, resume=True, **settings)
     resumed = records_of(second)
     assert [r['layers']['trapped'][0] for r in resumed.reports] == [*known, None, None, 1]
     for report in resumed.reports:
-        assert channels_of(resumed, report, 'collapsed') == {'stem.1': [6]}
-        assert report['total']['revived'] == 0
+        dead = [1] if report['iter'] <= 12 else []
+        assert channels_of(resumed, report, 'collapsed') == {'stem.1': [*dead, 6]}
+    assert [report['total']['revived'] for report in resumed.reports] == [0, 0, 0, 1, 0, 0]
     assert [report['total']['new'] for report in resumed.reports] == [1, 0, 0, 0, 0, 0]
 
 
