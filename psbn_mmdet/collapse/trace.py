@@ -157,13 +157,9 @@ class RectifierTrace(TorchDispatchMode):
         if self.failure is not None or torch._C._current_graph_task_id() != -1:
             return func(*args, **kwargs)
         read: list[tuple[Tensor, _Output]] = []
-        summed: list[Tensor] = []
+        summed = False
         try:
-            tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-            read = [
-                (tensor, self._outputs[tensor]) for tensor in tensors if tensor in self._outputs
-            ]
-            summed = [t for t in tensors if t in self._sums or t in self._rectified]
+            read, summed = self._known_in((args, kwargs))
         except Exception as error:
             self.failure = error
         result = func(*args, **kwargs)
@@ -175,6 +171,12 @@ class RectifierTrace(TorchDispatchMode):
             except Exception as error:
                 self.failure = error
         return result
+
+    def _known_in(self, values: Any) -> tuple[list[tuple[Tensor, _Output]], bool]:
+        """The outputs among the operands, and whether there is a sum of outputs."""
+        tensors = [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+        read = [(tensor, self._outputs[tensor]) for tensor in tensors if tensor in self._outputs]
+        return read, any(tensor in self._sums or tensor in self._rectified for tensor in tensors)
 
     def _note_sum(self, operation: str, args: tuple, kwargs: dict, read: list, result: Any) -> None:
         """Follow sums of outputs until something else than an addition reads them."""

@@ -416,7 +416,7 @@ def test_a_step_that_fails_leaves_nothing_behind(where):
     assert 'train_step' not in vars(model)
 
 
-@pytest.mark.parametrize('part', ['_outputs_in', '_note'])
+@pytest.mark.parametrize('part', ['_known_in', '_note_sum', '_note'])
 def test_what_fails_in_the_watching_ends_it_and_not_the_step(monkeypatch, part):
     def fail(*args):
         raise KeyError('of ours')
