@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -80,6 +79,12 @@ class RecoveryHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Attach to the optimisers, on every rank."""
+        if runner.cfg.get('compile'):
+            runner.logger.warning(
+                'RecoveryHook: no filter is recovered, since what layers put out cannot be seen in '
+                'a compiled model: remove compile from the config.'
+            )
+            return
         model = unwrapped(runner.model)
         norms = {
             name: norm
@@ -117,8 +122,6 @@ class RecoveryHook(Hook):
                     'evidence is gathered anew.'
                 )
         self._saved = None
-        if runner.cfg.get('compile') and not hasattr(torch.compiler, 'set_stance'):
-            return  # then nothing is known of what follows, and nothing is decayed
         self._trace = StepTrace(runner.model, model)
 
     def _witness(self, name: str) -> nn.Module | None:

@@ -116,6 +116,14 @@ def test_a_model_of_plain_bn_is_refused_and_told_why(tmp_path):
         run(tmp_path, Classifier(nn.BatchNorm2d), custom_hooks=HOOKS_ON)
 
 
+def test_in_a_compiled_model_nothing_is_touched_and_the_log_says_so(tmp_path):
+    cfg = dict(compile=dict(backend='eager'))
+    runner = trained(tmp_path, HOOKS_ON[1:], epochs=1, cfg=cfg)
+    assert runner.iter == 12 and (runner.model.stem[1].beta[KILLED['stem.1']] == -1).all()
+    assert 'RecoveryHook: no filter is recovered' in texts(tmp_path)
+    assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
+
+
 def test_frozen_layers_are_left_alone(tmp_path):
     model = Classifier(PostShiftedBatchNorm2d, frozen_head=True)
     start = model.head[1].beta.detach().clone()
