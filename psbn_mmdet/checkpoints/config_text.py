@@ -9,6 +9,7 @@ from typing import Any
 _TO_PSBN = {name: f'ps{name}' for name in ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN')}
 _TO_BN = {psbn: bn for bn, psbn in _TO_PSBN.items()}
 _PACKAGE = 'psbn_mmdet'
+_HOOKS = ('CollapseHook', 'RecoveryHook')
 _IMPORT = f"custom_imports = dict(imports=['{_PACKAGE}'], allow_failed_imports=False)"
 
 
@@ -43,7 +44,7 @@ def config_to_bn(text: str) -> str:
         imports.elts = [item for item in imports.elts if _constant(item) != _PACKAGE]
     hooks = _assigned(tree, 'custom_hooks')
     if isinstance(hooks, ast.List):
-        hooks.elts = [h for h in hooks.elts if _constant(_value(h, 'type')) != 'CollapseHook']
+        hooks.elts = [h for h in hooks.elts if _constant(_value(h, 'type')) not in _HOOKS]
     return ast.unparse(tree)
 
 

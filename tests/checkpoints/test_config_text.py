@@ -9,7 +9,8 @@ from psbn_mmdet.checkpoints.config_text import config_to_bn, config_to_psbn
 
 TEXT = """
 custom_imports = dict(allow_failed_imports=False, imports=['other'])
-custom_hooks = [dict(type='EMAHook'), dict(type='CollapseHook', interval=50)]
+custom_hooks = [dict(type='EMAHook'), dict(type='CollapseHook', interval=50), dict(
+    type='RecoveryHook')]
 model = dict(
     backbone=dict(norm_cfg=dict(requires_grad=True, type='SyncBN'), type='ResNet'),
     heads=[{'norm_cfg': {'type': 'BN1d'}, 'a-b': 1}],
