@@ -3,8 +3,8 @@
 Steps of one detector alternate in one process: with the hook, without, with, ... Each pair gives
 a ratio. Their median says little where a step's own noise is larger than the hook's cost, so the
 time spent inside the hook is taken as well, and given as a share of the step. The same for the
-RecoveryHook, without closed filters and with 2 % of them. Then the time of a
-report against the number of channels, which must grow linearly.
+RecoveryHook, without closed filters and with 2 % of them. Then the time of a report against the
+number of channels, which must grow linearly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""psBN for MMDetection: importing this package registers its layers and its hook."""
+"""psBN for MMDetection: importing this package registers its layers and hooks."""
 
 import os
 

@@ -79,6 +79,9 @@ class Recovery:
         window (int): Number of steps of evidence.
         failed (Callable): Called with the exception if something fails in a step; nothing is
             decayed from then on. What it raises goes through the optimiser's step.
+
+    Attributes:
+        ended (bool): Whether nothing is decayed any more.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Recovery:
         failed: Callable[[Exception], None],
     ) -> None:
         self._failed = failed
-        self._ended = False
+        self.ended = False
         self._groups: list[_Group] = []
         self._handles: list[Any] = []
         for optimizer in optimizers:
@@ -155,14 +158,14 @@ class Recovery:
         self._end()
 
     def _end(self) -> None:
-        self._ended = True
+        self.ended = True
         for group in self._groups:
             for layer in group.layers:
                 layer.watch(torch.zeros_like(layer.watched))
 
     def _before_step(self, group: _Group) -> Callable:
         def hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            if self._ended:
+            if self.ended:
                 return
             try:
                 group.step(optimizer)
@@ -236,9 +239,8 @@ class _Layer:
 
     def _before_accumulation(self, grad: Tensor) -> Tensor:
         is_open = self._open
-        if (
-            is_open is None
-        ):  # no witness, or its forward hook was not called, as where it is compiled
+        # None without a witness, and where its hook was not called, as in a compiled part.
+        if is_open is None:
             is_open = torch.ones_like(self._index, dtype=torch.bool)
         signs = is_open.to(grad.dtype) * _sign(grad.dtype)
         return grad.index_add(0, self._index, signs)

@@ -241,9 +241,8 @@ class CollapseHook(Hook):
         steps, self._steps = watch.steps - self._steps, watch.steps
         trapped = watch.trapped(since) if steps and since >= self._begin else {}
         now = self._census()
-        recovered = next(
-            (hook.take_opened() for hook in runner.hooks if isinstance(hook, RecoveryHook)), None
-        )
+        recovery = _recovery_hook(runner)
+        recovered = None if recovery is None else recovery.take_opened()
         reached = watch.reached()
         report = self._history.add(now, self._rectifiers, trapped, reached, recovered)
         log_scalars(runner.message_hub, report, self.scalars, self.by_stage)
@@ -300,6 +299,10 @@ class CollapseHook(Hook):
             self._trace = None
 
 
+def _recovery_hook(runner: Runner) -> RecoveryHook | None:
+    return next((hook for hook in runner.hooks if isinstance(hook, RecoveryHook)), None)
+
+
 def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:
     read = [n.read_as_bn for n in norms if isinstance(n, PostShiftedBatchNorm)]
     if any(read):
@@ -312,7 +315,7 @@ def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:
 def _warn_of_weight_decay(
     runner: Runner, norms: Mapping[str, _BatchNorm], optimizers: Sequence[Optimizer]
 ) -> None:
-    if any(isinstance(hook, RecoveryHook) for hook in runner.hooks):
+    if _recovery_hook(runner) is not None:
         return
     warning = weight_decay_warning(norms, optimizers, runner.cfg.get('optim_wrapper') or {})
     if warning:

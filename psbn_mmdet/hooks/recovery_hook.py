@@ -60,7 +60,6 @@ class RecoveryHook(Hook):
         self._saved: Any = None  # what a checkpoint had
         self._opened: dict[str, Tensor] = {}  # since they were last asked for
         self._count = 0  # opened in this epoch
-        self._works = True
 
     def before_run(self, runner: Runner) -> None:
         """Refuse what cannot work, before time is spent on it."""
@@ -95,7 +94,6 @@ class RecoveryHook(Hook):
         def failed(error: Exception) -> None:
             if get_world_size() > 1:
                 raise error  # ranks that no longer do the same are worse than none
-            self._works = False
             runner.logger.warning(
                 f'RecoveryHook: off from iteration {runner.iter + 1} on, the training goes on. '
                 f'Cause: {type(error).__name__}: {error}'
@@ -103,7 +101,6 @@ class RecoveryHook(Hook):
 
         self._network = model
         self._witnesses = {}
-        self._works = True
         self._recovery = Recovery(
             optimizers_of(runner), norms, self._witness, self.steps, self.window, failed
         )
@@ -132,7 +129,10 @@ class RecoveryHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """End the watching of what follows the layers."""
+        """End the watching of what follows the layers, and a recovery that has failed."""
+        if self._recovery is not None and self._recovery.ended:
+            self._recovery.close()
+            self._recovery = None
         if self._trace is not None and not self._trace.active:
             self._witnesses, self._trace = self._trace.witnesses, None
 
@@ -147,15 +147,15 @@ class RecoveryHook(Hook):
         return {name: mask.numpy() for name, mask in opened.items()}
 
     def _gather(self) -> None:
-        for name, mask in (
-            self._recovery.opened() if self._recovery and self._works else {}
-        ).items():
+        if self._recovery is None:
+            return
+        for name, mask in self._recovery.opened().items():
             self._opened[name] = self._opened[name] | mask if name in self._opened else mask
             self._count += int(mask.sum())
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Say what was opened."""
-        if self._recovery is None or not self._works:
+        if self._recovery is None:
             return
         self._gather()
         decayed = sum(int(mask.sum()) for mask in self._recovery.decayed().values())
@@ -168,7 +168,7 @@ class RecoveryHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Let a resumed run go on from here."""
-        if self._recovery is not None and self._works:
+        if self._recovery is not None:
             checkpoint[STATE] = {
                 'witnesses': self._witnesses if self._trace is None else self._trace.witnesses,
                 'channels': self._recovery.state_dict(),
