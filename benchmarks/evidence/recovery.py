@@ -1,4 +1,4 @@
-"""Recovery: networks with collapsed filters go on with BN, with psBN, and with psBN that revives.
+"""Recovery: networks with collapsed filters go on with BN and with psBN, which is helped or not.
 
 The networks are small ones on digits, collapsed in the setting of when.py in which SGD leaves the
 most trapped filters in networks that still work (accuracy > 0.9), and public ResNets for CIFAR-10,
@@ -20,6 +20,7 @@ import torch
 from common import (
     BLUE,
     CHECKPOINTS,
+    GREEN,
     GREY,
     IMAGES,
     ORANGE,
@@ -48,14 +49,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psbn_mmdet.checkpoints import read_weights
-from psbn_mmdet.collapse import GradientWatch, census_of_model, find_norms, trace_rectifiers
+from psbn_mmdet.collapse import (
+    GradientWatch,
+    Recovery,
+    RectifierTrace,
+    census_of_model,
+    find_norms,
+    trace_rectifiers,
+)
 from psbn_mmdet.layers import bn_to_psbn, feeds_rectifier
 
 sys.path.insert(0, str(ROOT / 'tests'))
 from cifar_resnet import CifarResNet
 
 TAU = 1e-3
-ARMS = ('BN', 'psBN', 'psBN, revive')
+ARMS = ('BN', 'psBN', 'psBN, revive', 'psBN, recovery')
+RECOVERY = dict(steps=100, window=10)  # as in detection.py; of the public networks alone
 COLLAPSING = dict(lr=1.0, weight_decay=5e-4)
 RESNETS = {'resnet20': (3, 'resnet20-12fca82f.th'), 'resnet32': (5, 'resnet32-d509ac18.th')}
 BATCH = 16  # crops
@@ -263,6 +272,8 @@ def on_cells(
     arrivals = Arrivals(optimizer, norms)
     late = GradientWatch([optimizer], norms)
     late.active = False
+    if arm == 'psBN, recovery':
+        recover(model, optimizer)
     model.train()
     for step in range(steps):
         chosen = torch.randint(len(cells.train[1]), (BATCH,))
@@ -300,6 +311,25 @@ def on_cells(
     return [{'filters': rows, 'networks': [{'seed': seed, 'accuracy': score}]}]
 
 
+def recover(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What RecoveryHook does in a Runner."""
+    modules = dict(model.named_modules())
+    with torch.no_grad(), RectifierTrace(model.eval()) as trace:
+        model(torch.randn(2, 3, 32, 32))
+
+    def witness(name: str) -> nn.Module | None:
+        return modules.get(trace.witnesses.get(name, ''))
+
+    def around(name: str) -> tuple[nn.Module | None, list[nn.Module]]:
+        consumers = [modules[consumer] for consumer in trace.consumers.get(name, [])]
+        return modules.get(trace.producers.get(name, '')), consumers
+
+    def failed(error: Exception) -> None:
+        raise error
+
+    Recovery([optimizer], find_norms(model), witness, **RECOVERY, around=around, failed=failed)
+
+
 def settings(quick: bool, with_cells: bool) -> list[dict]:
     """All runs; 'part' says of what."""
     steps, before, seeds = (60, 150, [0, 1]) if quick else (800, 500, list(range(5)))
@@ -316,7 +346,7 @@ def settings(quick: bool, with_cells: bool) -> list[dict]:
         )
         for arch in (('vgg',) if quick else ('vgg', 'resnet'))
         for lr, decay in ([(0.1, 0.02)] if quick else GOING_ON)
-        for arm in ARMS
+        for arm in ARMS[:3]
     ]
     if with_cells:
         runs += [
@@ -354,7 +384,7 @@ def summarise(runs: list[tuple[dict, list[dict]]]) -> dict:
             closed = [True] * len(closed)
         rows = [row for row, shut in zip(cell['filters'], closed) if shut]
         opened = [row['first'] for row in rows if row['first'] >= 0]
-        due = [row for row in rows if row['predicted'] is not None] if arm != 'BN' else []
+        due = [row for row in rows if row['predicted'] is not None] if arm in ARMS[1:3] else []
         met = [row for row in due if row['first'] >= 0 and row['predicted'] >= 10]
         ratios = [row['first'] / row['predicted'] for row in met]
         gains = [a['accuracy'] - b['accuracy'] for a, b in zip(cell['networks'], base['networks'])]
@@ -393,7 +423,7 @@ def summarise(runs: list[tuple[dict, list[dict]]]) -> dict:
     ratios = [
         (row['predicted'], row['first'] / row['predicted'])
         for row in filters
-        if row['arm'] and row['first'] >= 0 and (row['predicted'] or 0) >= 10
+        if row['arm'] in (1, 2) and row['first'] >= 0 and (row['predicted'] or 0) >= 10
     ]
     return {
         'collapsing': COLLAPSING,
@@ -428,8 +458,8 @@ def draw(summary: dict) -> Figure:
     shown = max(digits, key=lambda g: (g[2], g[1]))
     draw_open(axes[0], cells, filters, [g for g in digits if g[1:] == shown[1:]])
     axes[0].set_title(
-        f'Digits, lr {shown[1]:g}, weight decay {shown[2]:g}:\n'
-        + title_of(cells, [g for g in digits if g[1:] == shown[1:]]),
+        f'Digits, lr {shown[1]:g}, weight decay {shown[2]:g}, opened:\n'
+        + title_of(cells, [g for g in digits if g[1:] == shown[1:]], 'opened'),
         fontsize=9,
     )
     ax = axes[1]
@@ -448,17 +478,17 @@ def draw(summary: dict) -> Figure:
     if public:
         draw_open(axes[2], cells, filters, public)
         axes[2].set_title(
-            f'Public ResNets, lr {public[0][1]:g}, weight decay {public[0][2]:g}:\n'
-            + title_of(cells, public),
-            fontsize=9,
+            'Public ResNets, responding at the end:\n'
+            + title_of(cells, public, 'responding_at_end'),
+            fontsize=8,
         )
     for ax in axes:
         ax.grid(alpha=0.3, lw=0.5)
     return figure
 
 
-def title_of(cells: list[dict], groups: list[tuple]) -> str:
-    """Open filters at the end by arm."""
+def title_of(cells: list[dict], groups: list[tuple], what: str) -> str:
+    """How many filters have opened, or respond at the end, by arm."""
     texts = []
     for arm in ARMS:
         rows = [
@@ -466,30 +496,33 @@ def title_of(cells: list[dict], groups: list[tuple]) -> str:
             for c in cells
             if c['arm'] == arm and (c['network'], c['lr'], c['weight_decay']) in groups
         ]
-        opened, closed = (sum(row[key] for row in rows) for key in ('opened', 'closed'))
-        texts.append(f'{arm} {opened}')
-    return ', '.join(texts) + f' of {closed} opened'
+        if rows:
+            reached, closed = (sum(row[key] for row in rows) for key in (what, 'closed'))
+            texts.append(f'{arm} {reached}')
+    return ', '.join(texts) + f' of {closed}'
 
 
 def draw_open(ax: Axes, cells: list[dict], filters: list[dict], groups: list[tuple]) -> None:
     """The share of the closed filters that a gradient has reached, over the steps."""
     last = 0
-    for number, colour in enumerate((GREY, BLUE, ORANGE)):
+    for number, colour in enumerate((GREY, BLUE, ORANGE, GREEN)):
         rows = [
             r
             for r in filters
             if r['arm'] == number and (r['network'], r['lr'], r['weight_decay']) in groups
         ]
+        if not rows:
+            continue
         steps = max(
             c['steps'] for c in cells if (c['network'], c['lr'], c['weight_decay']) in groups
         )
         first = np.sort([r['first'] for r in rows if r['first'] >= 0])
-        share = np.arange(1, len(first) + 1) / len(rows) if rows else first
+        share = np.arange(1, len(first) + 1) / len(rows)
         last = max(last, *first) if len(first) else last
         x = np.concatenate([[0], first, [steps]])
         y = np.concatenate([[0], share, [share[-1] if len(share) else 0]])
         ax.step(x, y, where='post', color=colour, label=ARMS[number])
-        if number:
+        if number in (1, 2):
             due = np.sort([r['predicted'] for r in rows if r['predicted'] is not None])
             share = np.arange(1, len(due) + 1) / len(rows)
             ax.plot(due, share, '--', lw=1, color=colour, label=f'{ARMS[number]}: predicted')

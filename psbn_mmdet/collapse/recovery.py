@@ -20,12 +20,15 @@ a rank that has seen the filter open, or cannot tell, adds a number to the gradi
 that is too small to change any sum, but not 0 (:data:`OPEN`). So after the reduction of gradients
 all ranks know the same and do the same, without a collective. Before the step these numbers are
 taken away.
+
+With the decay begins what :mod:`.restore` does: the convolutions around the filter, if they have
+decayed, get their size back while it is closed, so that it responds when it opens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +40,12 @@ from torch.utils._python_dispatch import (
 
 from ..layers import PostShiftedBatchNorm
 from .gradients import let_hooks_run
+from .restore import restore
 
 # Lost in any gradient that matters, and not yet 0 in float32 after loss scales and averages.
 OPEN = 1e-25
+# The convolution that feeds a layer, and those that read it.
+Around = tuple[Optional[nn.Module], Sequence[nn.Module]]
 # State of optimisers that has a parameter's shape and is no average of gradients.
 _KEPT = ('ax', 'step_size')
 
@@ -65,7 +71,8 @@ class Recovery:
     Once in ``window`` steps the gradients of all layers are looked at. Filters without any are
     watched from then on: their outputs in each forward pass, their gradients in each step. After
     ``window`` steps without a sign of life they are decayed in each step, until there is one.
-    Moments of the optimiser, such as momentum, are set to 0 meanwhile.
+    Moments of the optimiser, such as momentum, are set to 0 meanwhile. The convolutions around
+    them are restored when it begins.
 
     Layers take part whose gamma and beta are trained by one optimiser.
 
@@ -77,6 +84,9 @@ class Recovery:
             :attr:`.RectifierTrace.witnesses`).
         steps (int): Number of steps in which a filter with beta = -1 opens.
         window (int): Number of steps of evidence.
+        around (Callable): Called with a layer's name; the convolution that feeds it, and those that
+            read it, as far as they may be restored (see :attr:`.RectifierTrace.producers` and
+            :attr:`.RectifierTrace.consumers`). All ranks must be told the same.
         failed (Callable): Called with the exception if something fails in a step; nothing is
             decayed from then on. What it raises goes through the optimiser's step.
 
@@ -91,6 +101,7 @@ class Recovery:
         witness: Callable[[str], nn.Module | None],
         steps: int,
         window: int,
+        around: Callable[[str], Around],
         failed: Callable[[Exception], None],
     ) -> None:
         self._failed = failed
@@ -100,7 +111,7 @@ class Recovery:
         for optimizer in optimizers:
             own = {p for group in optimizer.param_groups for p in group['params']}
             layers = [
-                _Layer(name, norm, witness, decay_per_step(norm.shift_value, steps))
+                _Layer(name, norm, witness, around, decay_per_step(norm.shift_value, steps))
                 for name, norm in norms.items()
                 if norm.weight in own and norm.beta is not None and norm.beta in own
             ]
@@ -183,6 +194,7 @@ class _Layer:
         watched (Tensor): Channels whose outputs are looked at, bool of shape (C,).
         proof (Tensor): For each watched channel the steps since its last sign of life, shape (C,).
         opened (Tensor): Channels that were decayed until they gave one, bool of shape (C,).
+        restored (Tensor): Channels whose convolutions have been looked at, bool of shape (C,).
     """
 
     def __init__(
@@ -190,15 +202,19 @@ class _Layer:
         name: str,
         norm: PostShiftedBatchNorm,
         witness: Callable[[str], nn.Module | None],
+        around: Callable[[str], Around],
         factor: float,
     ) -> None:
         self.name = name
+        self._norm = norm
+        self._around = around
         self.gamma, self.beta = norm.weight, cast(nn.Parameter, norm.beta)
         self.factor = factor
         self._witness = witness
         self.watched = torch.zeros_like(self.beta, dtype=torch.bool)
         self.proof = torch.zeros_like(self.beta, dtype=torch.int32)
         self.opened = torch.zeros_like(self.watched)
+        self.restored = torch.zeros_like(self.watched)
         self._index = self.watched.nonzero().flatten()
         self._handles: list[Any] = []
         # Of the watched channels, which were open in a forward pass since the last step; None if
@@ -208,6 +224,7 @@ class _Layer:
     def watch(self, channels: Tensor) -> None:
         """Look at the outputs of these channels, and of no others, from now on."""
         self.watched = channels
+        self.restored = self.restored & channels
         self._index = channels.nonzero().flatten()
         for handle in self._handles:
             handle.remove()
@@ -223,6 +240,11 @@ class _Layer:
     def forget_outputs(self) -> None:
         """Begin a new step."""
         self._open = None
+
+    def restore(self, closed: Tensor) -> None:
+        """Restore the convolutions around closed filters, once for each time they close."""
+        producer, consumers = self._around(self.name)
+        restore(self._norm, producer, consumers, closed & ~self.restored, ~self.watched)
 
     def _after_forward(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         if _get_current_dispatch_mode() is None:
@@ -323,11 +345,21 @@ class _Group:
     def _choose(self) -> None:
         """Watch the filters without gradient, where the layer has any."""
         self.put_back()
+        self._restore()
         lifeless = ~_alive(self.layers)
         for layer, watched in zip(self.layers, lifeless.split([len(x.beta) for x in self.layers])):
             layer.proof = torch.where(watched & layer.watched, layer.proof, 0)
             layer.watch(watched)
         self.take()
+
+    def _restore(self) -> None:
+        closed = [layer.proof >= self.window for layer in self._busy]
+        if closed:
+            new = [(now & ~layer.restored).any() for now, layer in zip(closed, self._busy)]
+            for layer, now, is_new in zip(self._busy, closed, torch.stack(new).tolist()):
+                if is_new:
+                    layer.restore(now)
+                layer.restored = now
 
     def state_dict(self) -> dict[str, Any]:
         self.put_back()

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .census import find_norms
+from .restore import CONVOLUTIONS
 
 # Copies: what they return is still the output of the BN.
 _COPIES = {'_to_copy', 'clone', 'contiguous', 'alias', 'lift_fresh'}
@@ -59,6 +60,10 @@ class RectifierTrace(TorchDispatchMode):
         witnesses (dict[str, str]): For each layer that feeds ReLUs alone ('relu'), or sums that do,
             the module whose output is positive where the filter is open: the layer itself, or
             what returns the rectified sum, such as a residual block.
+        producers (dict[str, str]): By layer that feeds ReLUs alone, the convolution or linear
+            layer that feeds it and nothing else; layers that are fed otherwise are absent.
+        consumers (dict[str, list[str]]): By layer, the convolutions and linear layers that read
+            what a ReLU has made of the layer's output, and nothing else.
         failure (Exception, optional): What ended the watching.
 
     Examples:
@@ -82,6 +87,11 @@ class RectifierTrace(TorchDispatchMode):
         self._rectified = WeakTensorKeyDictionary()  # the same, for what a ReLU made of sums
         self._sum_readers: dict[str, set[str]] = {}
         self._returned: dict[str, list[str]] = {}  # by layer, what has returned its rectified sum
+        self._made = WeakTensorKeyDictionary()  # the convolution that returned a tensor
+        self._fed: dict[str, set[str | None]] = {}  # by convolution, the layers; None for others
+        self._fed_by: dict[str, set[str | None]] = {}  # by layer, the convolutions
+        self._activated = WeakTensorKeyDictionary()  # what a ReLU made of a layer: layer, version
+        self._inputs: dict[str, set[str | None]] = {}  # by convolution, of which layers
         self._running: list[str] = []  # the layers whose forward is under way
         self._handles: list = []
 
@@ -114,6 +124,28 @@ class RectifierTrace(TorchDispatchMode):
                     found[layer] = returned[0]
         return found
 
+    @property
+    def producers(self) -> dict[str, str]:
+        """The convolution that feeds a layer and nothing else."""
+        found: dict[str, str] = {}
+        for layer, names in self._fed_by.items():
+            name = next(iter(names)) if len(names) == 1 else None
+            if name is None or self._fed[name] != {layer}:
+                continue
+            if what_follows(self._readers[layer]) == 'relu':
+                found[layer] = name
+        return found
+
+    @property
+    def consumers(self) -> dict[str, list[str]]:
+        """The convolutions that read a layer's rectified output and nothing else."""
+        found: dict[str, list[str]] = {}
+        for name, layers in self._inputs.items():
+            layer = next(iter(layers)) if len(layers) == 1 else None
+            if layer is not None:
+                found.setdefault(layer, []).append(name)
+        return found
+
     def __enter__(self) -> RectifierTrace:
         for name, norm in self._norms.items():
             self._handles += [
@@ -122,6 +154,8 @@ class RectifierTrace(TorchDispatchMode):
             ]
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._note_return(name)))
+            if type(module) in CONVOLUTIONS:
+                self._handles.append(module.register_forward_pre_hook(self._note_input(name)))
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
@@ -130,7 +164,13 @@ class RectifierTrace(TorchDispatchMode):
             handle.remove()
         self._handles.clear()
         self._running.clear()
-        for tensors in (self._outputs, self._sums, self._rectified):
+        for tensors in (
+            self._outputs,
+            self._sums,
+            self._rectified,
+            self._made,
+            self._activated,
+        ):
             tensors.clear()
 
     def _hook(self, name: str, enters: bool) -> Callable:
@@ -148,21 +188,36 @@ class RectifierTrace(TorchDispatchMode):
             if isinstance(output, Tensor):
                 for layer in self._rectified.get(output, ()):
                     self._returned.setdefault(layer, []).append(name)
+                if type(module) in CONVOLUTIONS:
+                    self._made[output] = name
+
+        return hook
+
+    def _note_input(self, name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            if _in_backward():  # checkpointing runs it again
+                return
+            layer, version = self._activated.get(inputs[0], (None, 0)) if inputs else (None, 0)
+            as_it_was = layer is not None and _version(inputs[0]) == version
+            self._inputs.setdefault(name, set()).add(layer if as_it_was else None)
 
         return hook
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # What the backward pass reads tells nothing of what follows a layer.
-        if self.failure is not None or torch._C._current_graph_task_id() != -1:
+        if self.failure is not None or _in_backward():
             return func(*args, **kwargs)
         read: list[tuple[Tensor, _Output]] = []
         summed = False
         try:
             read, summed = self._known_in((args, kwargs))
+            self._note_fed(func, args, kwargs)
         except Exception as error:
             self.failure = error
         result = func(*args, **kwargs)
+        if self.failure is None and hasattr(func, '_schema') and 'pool' in func._schema.name:
+            self._note_pool(args, result)
         if self.failure is None and (read or summed or self._running):
             try:
                 if hasattr(func, '_schema'):
@@ -177,6 +232,24 @@ class RectifierTrace(TorchDispatchMode):
         tensors = [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
         read = [(tensor, self._outputs[tensor]) for tensor in tensors if tensor in self._outputs]
         return read, any(tensor in self._sums or tensor in self._rectified for tensor in tensors)
+
+    def _note_fed(self, func: Any, args: tuple, kwargs: dict) -> None:
+        """Note what reads the outputs of convolutions, and what feeds the layers."""
+        operation = func._schema.name.split('::')[1] if hasattr(func, '_schema') else ''
+        layer = self._running[-1] if self._running and 'batch_norm' in operation else None
+        if layer is not None:
+            self._fed_by.setdefault(layer, set()).add(self._made.get(args[0]))
+        for tensor in tree_flatten((args, kwargs))[0]:
+            if isinstance(tensor, Tensor) and tensor in self._made and not _looks_only(operation):
+                reader = layer if tensor is args[0] else None
+                self._fed.setdefault(self._made[tensor], set()).add(reader)
+
+    def _note_pool(self, args: tuple, result: Any) -> None:
+        """A channel of zeros is one of zeros after pooling, too."""
+        layer, version = self._activated.get(args[0], (None, 0))
+        if layer is not None and _version(args[0]) == version:
+            pooled = result[0] if isinstance(result, tuple) else result
+            self._activated[pooled] = layer, _version(pooled)
 
     def _note_sum(self, operation: str, args: tuple, kwargs: dict, read: list, result: Any) -> None:
         """Follow sums of outputs until something else than an addition reads them."""
@@ -226,6 +299,11 @@ class RectifierTrace(TorchDispatchMode):
                 if operation.rstrip('_') == 'add':
                     reader = 'add'
                 self._readers[output.layer].add(reader)
+                whole = output.unread == tensor.numel()
+                whole &= tensor.shape[1:2] == (self._norms[output.layer].num_features,)
+                if reader == 'relu' and whole:
+                    # torch counts a write in place after this.
+                    self._activated[returns[0]] = output.layer, _version(tensor) + in_place
             if in_place and tensor is args[0]:
                 output.unread -= tensor.numel()
 
@@ -247,6 +325,8 @@ class StepTrace:
         rectifiers (dict[str, str]): See :class:`RectifierTrace`.
         unknown (dict[str, str]): See :class:`RectifierTrace`.
         witnesses (dict[str, str]): See :class:`RectifierTrace`.
+        producers (dict[str, str]): See :class:`RectifierTrace`.
+        consumers (dict[str, list[str]]): See :class:`RectifierTrace`.
         failure (Exception, optional): See :class:`RectifierTrace`.
     """
 
@@ -277,6 +357,16 @@ class StepTrace:
     def witnesses(self) -> dict[str, str]:
         """See :class:`RectifierTrace`."""
         return self._trace.witnesses
+
+    @property
+    def producers(self) -> dict[str, str]:
+        """See :class:`RectifierTrace`."""
+        return self._trace.producers
+
+    @property
+    def consumers(self) -> dict[str, list[str]]:
+        """See :class:`RectifierTrace`."""
+        return self._trace.consumers
 
     @property
     def failure(self) -> Exception | None:
@@ -325,6 +415,15 @@ def what_follows(readers: set[str]) -> str:
     if readers == {'relu'}:
         return 'relu'
     return 'leaky_relu' if readers and readers <= {'relu', 'leaky_relu'} else 'other'
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _version(tensor: Tensor) -> int:
+    """Grows with each write in place, of views too; inference mode counts none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _looks_only(operation: str) -> bool:

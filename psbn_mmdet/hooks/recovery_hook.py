@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from mmengine.dist import get_world_size
+from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -29,9 +29,13 @@ class RecoveryHook(Hook):
     filter opens is said in :mod:`psbn_mmdet.collapse.recovery`. Filters in layers that feed
     anything but ReLUs are left alone, and so are those that are open without a gradient.
 
+    The convolution that feeds a closed filter, and those that read it, have often decayed as well.
+    They get their size back while the filter is closed (:mod:`psbn_mmdet.collapse.restore`).
+
     It works under any optimiser, with automatic mixed precision, accumulation, gradient
     checkpointing, averages and DistributedDataParallel: all ranks do the same, without a
-    collective. Its state is in the checkpoints: a resumed run goes on where it was.
+    collective but for one in the first iteration. Its state is in the checkpoints: a resumed run
+    goes on where it was.
 
     Args:
         steps (int): Within how many optimiser steps a filter with beta = -1 opens. One with
@@ -57,6 +61,9 @@ class RecoveryHook(Hook):
         self._recovery: Recovery | None = None
         self._trace: StepTrace | None = None
         self._witnesses: dict[str, str] = {}
+        # By layer, what all ranks know of the convolution before it and of those behind it.
+        self._producers: dict[str, str] = {}
+        self._consumers: dict[str, list[str]] = {}
         self._saved: Any = None  # what a checkpoint had
         self._opened: dict[str, Tensor] = {}  # since they were last asked for
         self._count = 0  # opened in this epoch
@@ -100,9 +107,16 @@ class RecoveryHook(Hook):
             )
 
         self._network = model
-        self._witnesses = {}
+        self._witnesses, self._producers, self._consumers = {}, {}, {}
+        self._agreed = False
         self._recovery = Recovery(
-            optimizers_of(runner), norms, self._witness, self.steps, self.window, failed
+            optimizers_of(runner),
+            norms,
+            self._witness,
+            self.steps,
+            self.window,
+            self._around,
+            failed,
         )
         if not self._recovery.layers:
             runner.logger.warning(
@@ -112,7 +126,10 @@ class RecoveryHook(Hook):
         if runner.iter > 0 and self._saved is not None:
             try:
                 self._witnesses = dict(self._saved['witnesses'])
+                self._producers = dict(self._saved['producers'])
+                self._consumers = dict(self._saved['consumers'])
                 self._recovery.load_state_dict(self._saved['channels'])
+                self._agreed = True
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 runner.logger.warning(
                     f'RecoveryHook: what the checkpoint has of it is not taken over ({error}): its '
@@ -126,6 +143,18 @@ class RecoveryHook(Hook):
         found = known.get(name) or self._witnesses.get(name)
         return None if found is None else self._network.get_submodule(found)
 
+    def _around(self, name: str) -> tuple[nn.Module | None, list[nn.Module]]:
+        producer = self._producers.get(name)
+        get = self._network.get_submodule
+        consumers = [get(consumer) for consumer in self._consumers.get(name, [])]
+        return None if producer is None else get(producer), consumers
+
+    def _agree(self, trace: StepTrace) -> None:
+        """Keep what all ranks have seen of the convolutions around the layers."""
+        producers = all_gather_object(trace.producers)
+        consumers = all_gather_object(trace.consumers)
+        self._producers, self._consumers = _shared(producers), _shared(consumers)
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
@@ -133,6 +162,9 @@ class RecoveryHook(Hook):
         if self._recovery is not None and self._recovery.ended:
             self._recovery.close()
             self._recovery = None
+        if self._trace is not None and not self._agreed:
+            self._agree(self._trace)
+            self._agreed = True
         if self._trace is not None and not self._trace.active:
             self._witnesses, self._trace = self._trace.witnesses, None
 
@@ -171,6 +203,8 @@ class RecoveryHook(Hook):
         if self._recovery is not None:
             checkpoint[STATE] = {
                 'witnesses': self._witnesses if self._trace is None else self._trace.witnesses,
+                'producers': self._producers,
+                'consumers': self._consumers,
                 'channels': self._recovery.state_dict(),
             }
 
@@ -182,3 +216,9 @@ class RecoveryHook(Hook):
         if self._trace is not None:
             self._trace.close()
             self._trace = None
+
+
+def _shared(dicts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The items that all have."""
+    first, *others = dicts
+    return {key: v for key, v in first.items() if all(o.get(key) == v for o in others)}

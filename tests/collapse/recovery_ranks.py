@@ -42,7 +42,9 @@ def main(rank: int, folder: Path) -> None:
     def failed(error: Exception) -> None:
         raise error
 
-    recovery = Recovery([optimizer], {'1': norm}, {'1': norm}.get, 20, 3, failed)
+    recovery = Recovery(
+        [optimizer], {'1': norm}, {'1': norm}.get, 20, 3, lambda _: (net[0], [net[3]]), failed
+    )
     collectives, wait = [], dist.barrier
     for name in ('all_reduce', 'broadcast', 'all_gather', 'barrier', 'all_gather_object'):
         setattr(dist, name, lambda *args, _name=name, **kwargs: collectives.append(_name))

@@ -44,7 +44,7 @@ class Net(nn.Module):
         return self.head(y.mean((2, 3))) if self.uses_head else x.mean((2, 3))
 
 
-def recovery_of(net, optimizer, steps=50, window=3, witnesses=None, failed=None):
+def recovery_of(net, optimizer, steps=50, window=3, witnesses=None, failed=None, around=None):
     norms = {n: m for n, m in net.named_modules() if isinstance(m, PostShiftedBatchNorm2d)}
     known = dict(net.named_modules())
     found = witnesses_of(net) if witnesses is None else witnesses
@@ -55,7 +55,8 @@ def recovery_of(net, optimizer, steps=50, window=3, witnesses=None, failed=None)
     def witness(name):
         return known.get(found.get(name))
 
-    return Recovery([optimizer], norms, witness, steps, window, failed or fail)
+    around = around or (lambda name: (None, []))
+    return Recovery([optimizer], norms, witness, steps, window, around, failed or fail)
 
 
 def witnesses_of(net):
