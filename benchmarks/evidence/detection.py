@@ -243,13 +243,16 @@ def draw(cells: list[dict]) -> Figure:
     clear = [
         cell
         for cell in cells
-        if cell['arm'] == 'psBN'
+        if cell['arm'] != 'BN'
         and cell['seeds'] > 1
         and not cell['AP-BN_low'] <= 0 <= cell['AP-BN_high']
     ]
+    compared = sum(cell['arm'] != 'BN' for cell in cells)
+    left_trapped = sum(c['trapped'] for c in cells if c['arm'] == 'psBN, recovery')
+    of_bn = sum(c['trapped'] for c in cells if c['arm'] == 'BN')
     figure.suptitle(
-        f'psBN differs from BN in AP, beyond the interval, in {len(clear)} of {len(settings)} '
-        'settings'
+        f'With recovery {100 * left_trapped / max(of_bn, 1):.0f} % of the trapped filters of BN '
+        f'are left; AP differs beyond the interval in {len(clear)} of {compared} cells'
     )
     return figure
 

@@ -35,16 +35,8 @@ def rectifiers_of_config(cfg: Config, names: Collection[str]) -> dict[str, str]:
     """
     scope = cfg.get('default_scope') or 'mmdet'
     with DefaultScope.overwrite_default_scope(scope):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        prefix = next(
-            (p for p in ('', 'backbone.') if {p + n for n in names} & find_norms(model).keys()),
-            None,
-        )
-        if prefix is None:
-            raise CheckpointError(
-                f'the model of {cfg.filename} has no BN layer named as in the checkpoint, such as '
-                f'{next(iter(names))}: give the config that the checkpoint was trained with'
-            )
+        model = model_of_config(cfg)
+        in_model = names_in_model(cfg, model, names)
         try:
             rectifiers = _trace(model.eval() or model)  # some models return None
         except Exception as error:  # whatever a model of somebody's own may raise
@@ -52,7 +44,37 @@ def rectifiers_of_config(cfg: Config, names: Collection[str]) -> dict[str, str]:
                 f'the model of {cfg.filename} does not run on a random image of {SIDE} px '
                 f'({type(error).__name__}: {error}): leave out the config'
             ) from error
-    return {name: rectifiers[prefix + name] for name in names if prefix + name in rectifiers}
+    return {name: rectifiers[own] for name, own in in_model.items() if own in rectifiers}
+
+
+def model_of_config(cfg: Config) -> nn.Module:
+    """Build a config's model, with random weights and for one process."""
+    return revert_sync_batchnorm(MODELS.build(cfg.model))
+
+
+def names_in_model(cfg: Config, model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """The names in a config's model of a checkpoint's BN and psBN layers.
+
+    Args:
+        cfg (Config): The config.
+        model (nn.Module): Its model.
+        names (Collection[str]): The checkpoint's layers, of the model or of its backbone alone.
+
+    Returns:
+        dict[str, str]: By the checkpoint's names; layers that the model has not are absent.
+
+    Raises:
+        CheckpointError: If it has none of them.
+    """
+    known = find_norms(model).keys()
+    for prefix in ('', 'backbone.'):
+        found = {name: prefix + name for name in names if prefix + name in known}
+        if found:
+            return found
+    raise CheckpointError(
+        f'the model of {cfg.filename} has no BN layer named as in the checkpoint, such as '
+        f'{next(iter(names))}: give the config that the checkpoint was trained with'
+    )
 
 
 def _trace(model: nn.Module) -> dict[str, str]:

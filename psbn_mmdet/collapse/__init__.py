@@ -9,6 +9,7 @@ from .census import (
     check_thresholds,
     compare,
     find_norms,
+    trainable_bias,
 )
 from .gradients import GradientWatch
 from .leak import leak_share
@@ -31,5 +32,6 @@ __all__ = [
     'find_norms',
     'leak_share',
     'trace_rectifiers',
+    'trainable_bias',
     'what_follows',
 ]

@@ -10,11 +10,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from ..checkpoints import read_weights, rectifiers_of_config
 from ..collapse import ASSUMED, census_of_state_dict, compare
+from ..forecast import forecast_of_config
 from ..layers import find_norm_states
-from ..preflight import load_config
+from ..preflight import load_config, one_line
 from ..report.audit_tables import (
     Audit,
     audit_to_csv,
@@ -38,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('checkpoints', nargs='+', metavar='CHECKPOINT', help='one, or two to diff')
-    parser.add_argument('--config', help='of the model: tells which layers feed a rectifier')
+    parser.add_argument(
+        '--config',
+        help='tells which layers feed a rectifier, and what psBN will do in its training',
+    )
     parser.add_argument('--format', choices=('table', 'json', 'csv'), default='table')
     parser.add_argument('--tau', type=float, default=1e-3, help='largest |gamma| of a vanished one')
     parser.add_argument('--k', type=float, default=3.0, help='dead: b + k * |gamma| <= 0')
@@ -103,9 +108,17 @@ def make_audit(args: argparse.Namespace) -> Audit:
     def described(key: str) -> str:
         return f'{key} ({weights.roles[key]})' if key in weights.roles else key
 
+    forecast, no_forecast = None, ''
+    if args.config:
+        try:
+            with redirect_stdout(sys.stderr):  # data sets print what they load
+                forecast = forecast_of_config(load_config(args.config), after)
+            no_forecast = '' if forecast else 'the config trains no psBN'
+        except Exception as error:  # whatever data sets and optimisers of somebody's own may raise
+            no_forecast = one_line(error)
     source = args.checkpoints[-1] + (f', {described(weights.key)}' if weights.key else '')
     if weights.others:
         source += f' (also in the file, for --key: {", ".join(map(described, weights.others))})'
     if before:
         source += f', against {args.checkpoints[0]}'
-    return Audit(source, after, before)
+    return Audit(source, after, before, forecast, no_forecast)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -22,6 +23,8 @@ from ..collapse import (
     check_thresholds,
     find_norms,
 )
+from ..forecast import Course, courses, make_forecast
+from ..forecast.config import norm_decay_mult_of
 from ..layers import PostShiftedBatchNorm
 from .epoch_table import EpochTable
 from .history import COUNTS, History, Report
@@ -50,10 +53,11 @@ class CollapseHook(Hook):
     :mod:`psbn_mmdet.collapse.census`. *New* and *revived* filters have become or ceased to be
     collapsed since the report before; at the first report, since the start.
 
-    Which layers feed a rectifier is found by watching the first training steps; gradients are
-    read before each optimiser step. Only the main process looks and writes. Whatever fails in
-    this hook once the training has begun is one warning, and that part of it is off; the training
-    goes on.
+    Which layers feed a rectifier is found by watching the first training steps; then a forecast is
+    logged: which closed filters of psBN will open in this training, and when
+    (:mod:`psbn_mmdet.forecast`). Gradients are read before each optimiser step. Only the main
+    process looks and writes. Whatever fails in this hook once the training has begun is one
+    warning, and that part of it is off; the training goes on.
 
     Args:
         interval (int): Iterations between reports. Defaults to 50.
@@ -187,6 +191,8 @@ class CollapseHook(Hook):
         self._journal = Journal(self._parts, shifts, settings)
         self._history = History(start, self._journal.begin(runner, start))
         self._parts.run('snapshots', self._keep_snapshot, runner)
+        self._loaded = start
+        self._courses = self._parts.run('forecasts', _courses, runner, norms)
         if self.window > self.interval:
             runner.logger.info(
                 f'CollapseHook: trapped filters are counted from iteration '
@@ -233,6 +239,21 @@ class CollapseHook(Hook):
                 f'CollapseHook: dead filters are not counted in {len(names)} layers, of which it '
                 f'is not known what follows ({reason}): {", ".join(names)}.'
             )
+        self._parts.run('forecasts', self._forecast, runner)
+
+    def _forecast(self, runner: Runner) -> None:
+        hook = _recovery_hook(runner)
+        recovery = (hook.steps, hook.window) if hook and not runner.cfg.get('compile') else None
+        forecast = make_forecast(
+            self._loaded.judged(self._rectifiers),
+            find_norms(self._model),
+            self._courses or {},
+            self._begin,
+            recovery,
+            norm_decay_mult_of(runner.cfg),
+        )
+        if forecast is not None:
+            runner.logger.info(f'CollapseHook: {forecast.text()}')
 
     def _report(self, runner: Runner, watch: GradientWatch) -> None:
         if self._trace is not None:
@@ -320,3 +341,26 @@ def _warn_of_weight_decay(
     warning = weight_decay_warning(norms, optimizers, runner.cfg.get('optim_wrapper') or {})
     if warning:
         runner.logger.warning(warning)
+
+
+def _courses(runner: Runner, norms: Mapping[str, _BatchNorm]) -> dict[nn.Parameter, Course | None]:
+    """What this training does to parameters of psBN layers that no gradient reaches."""
+    params = [
+        param
+        for norm in norms.values()
+        if isinstance(norm, PostShiftedBatchNorm)
+        for param in norm.parameters()
+    ]
+    by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+    length = len(runner.train_dataloader) if by_epoch else None
+    wrappers: Any = runner.optim_wrapper
+    if not isinstance(wrappers, OptimWrapperDict):
+        wrappers = {'': wrappers}
+    found = {}
+    for name, wrapper in wrappers.items():
+        schedulers: Any = runner.param_schedulers or []
+        if isinstance(schedulers, dict):
+            schedulers = schedulers.get(name, [])
+        iterations = runner.max_iters - runner.iter
+        found.update(courses(wrapper, schedulers, params, iterations, length))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from ..atomic import replacing
 from ..collapse import Census, LayerCensus, compare
+from ..forecast import Forecast
 from ..records import format_ranges
 from .channels import BLUE, draw_channels
 from .style import STYLE, shorten
@@ -36,11 +38,15 @@ class Audit:
         source (str): The file, and where in it the parameters stand.
         census (Census): Its filters.
         before (Census, optional): Those of an earlier checkpoint to compare with.
+        forecast (Forecast, optional): What psBN will do in the training of a config.
+        no_forecast (str): Why there is none; '' if none was asked for.
     """
 
     source: str
     census: Census
     before: Census | None = None
+    forecast: Forecast | None = None
+    no_forecast: str = ''
 
     @property
     def percent(self) -> float:
@@ -97,6 +103,7 @@ def audit_to_dict(audit: Audit) -> dict[str, Any]:
             **{kind: sum(layer[kind] for layer in layers) for kind in kinds},
         },
         'layers': layers,
+        **({'forecast': _forecast_to_dict(audit.forecast)} if audit.forecast else {}),
         **({'unmatched': audit.unmatched()} if audit.before else {}),
     }
 
@@ -165,7 +172,49 @@ def audit_to_text(audit: Audit) -> str:
         )
     if audit.unmatched():
         lines.append(f'Not compared, since not alike in both: {", ".join(audit.unmatched())}.')
+    if audit.forecast:
+        lines += ['', 'In the training of the config, on one process:']
+        lines += [_forecast_table(audit.forecast), f'Forecast: {audit.forecast.text()}']
+    elif audit.no_forecast:
+        lines.append(f'No forecast of a training with psBN: {audit.no_forecast}.')
     return '\n'.join(lines)
+
+
+def _forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
+    rows = forecast.rows()
+    for row in rows:
+        for how in ('weight decay', 'RecoveryHook'):
+            if how in row:
+                row[how] = sorted(row[how].tolist())
+        if not math.isfinite(row['opens_above_b']):
+            row['opens_above_b'] = None
+    return {'iterations': forecast.iterations, 'unknown': forecast.unknown, 'parts': rows}
+
+
+def _forecast_table(forecast: Forecast) -> str:
+    """A row for each part and what opens its filters: how many, and at which iterations."""
+    table = Table()
+    table.add_column('psBN layers')
+    table.add_column('closed', justify='right')
+    table.add_column('opened by')
+    for name in ('with b above', 'opened', 'first', 'half', 'last'):
+        table.add_column(name, justify='right')
+    for row in forecast.rows():
+        name = f'{row["layers"]}, from {row["first_layer"]} on'
+        by_decay = f'weight decay {row["weight_decay"]:g}'
+        for how, label, bound in (
+            ('weight decay', by_decay, f'{row["opens_above_b"]:.3g}'),
+            ('RecoveryHook', 'RecoveryHook', ''),
+        ):
+            if how in row:
+                at = np.sort(row[how])
+                times = [str(at[i]) for i in (0, (len(at) - 1) // 2, -1)] if len(at) else [''] * 3
+                cells = [name, str(row['closed']), label, bound, str(len(at)), *times]
+                table.add_row(*map(Text, cells))
+                name = ''
+    text = io.StringIO()
+    Console(file=text, width=WIDTH).print(table)
+    return text.getvalue().rstrip()
 
 
 def plot_audit(audit: Audit, out: str | os.PathLike) -> Path:

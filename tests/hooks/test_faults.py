@@ -47,6 +47,8 @@ FAULTS = {  # what fails, and the part that is off then
     'writing a snapshot': ((journal, 'write_snapshot'), 'snapshots'),
     'watching steps': ((collapse_hook, 'StepTrace'), 'dead filters'),
     'drawing the table': ((collapse_hook.EpochTable, 'render'), 'tables'),
+    'reading the schedule': ((collapse_hook, 'courses'), 'forecasts'),
+    'forecasting': ((collapse_hook, 'make_forecast'), 'forecasts'),
     'speaking of layers': ((collapse_hook, '_log_read_as_bn'), 'messages on layers'),
 }
 
@@ -58,7 +60,7 @@ def test_a_fault_is_one_warning_and_the_training_goes_on(tmp_path, monkeypatch, 
     runner = trained(tmp_path)
     for key, value in runner.model.state_dict().items():
         assert torch.equal(value, weights[key]), key
-    (warning,) = [x for x in texts(tmp_path).splitlines() if 'CollapseHook:' in x]
+    (warning,) = [x for x in texts(tmp_path).splitlines() if 'WARNING - CollapseHook:' in x]
     assert f'{part} are off from iteration' in warning and os.strerror(errno.ENOSPC) in warning
     assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
     assert not any(m._forward_hooks for m in runner.model.modules())
