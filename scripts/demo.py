@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 from mmengine.config import Config
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from psbn_mmdet.report import read_run
+from psbn_mmdet.report.stages import COLUMNS, stage_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/demo')
@@ -78,14 +85,27 @@ def last_scores() -> str:
     return 'no AP: there was no validation'
 
 
-def last_table() -> str:
-    """The last table of collapsed filters: the log from its title to the next log line."""
-    table = re.compile(r'^ *Collapsed filters at .*?(?=^\d{4}/|\Z)', re.MULTILINE | re.DOTALL)
-    for log in newest_first('*/*.log'):
-        tables = table.findall(log)
-        if tables:
-            return tables[-1].rstrip()
-    return 'no table of collapsed filters: there was no whole epoch'
+def whole_table() -> str:
+    """By stage, what collapsed and was revived in the whole training, and what is at its end."""
+    run = read_run(WORK_DIR, 'psBN')
+    table = Table(title=f'Filters at iteration {run.last["iter"]}, and in the whole training')
+    for name in COLUMNS:
+        is_stage = name == 'stage'
+        table.add_column(name, justify='left' if is_stage else 'right', no_wrap=is_stage)
+    *stages, total = stage_rows(run)
+    for cells in stages:
+        table.add_row(*cells)
+    table.add_section()
+    table.add_row(*total)
+    text = io.StringIO()
+    Console(file=text, width=120).print(table)
+    counts = dict(zip(COLUMNS, total))
+    return (
+        f'{text.getvalue().rstrip()}\n'
+        f'{counts["ever collapsed"]} filters collapsed in the training, {counts["ever revived"]} '
+        f'of them were revived; {counts["collapsed"]} are collapsed at its end. RecoveryHook '
+        f'opened {run.ever_recovered} closed ones.'
+    )
 
 
 def main() -> None:
@@ -102,7 +122,7 @@ def main() -> None:
     run('demo/make_dataset.py', DATA)
     train(args.config)
     print(
-        f'\ndemo: {last_scores()}; logs and checkpoints are in {WORK_DIR}\n{last_table()}',
+        f'\ndemo: {last_scores()}; logs and checkpoints are in {WORK_DIR}\n{whole_table()}',
         flush=True,
     )
     run('tools/report.py', WORK_DIR, '-o', WORK_DIR / 'report.html')

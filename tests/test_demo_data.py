@@ -183,9 +183,11 @@ def test_a_wrong_number_ends_in_one_sentence(tmp_path):
     assert run.stderr == 'error: make_dataset: num_val must be at least 1, got 0\n'
 
 
-def test_the_demo_configs_know_the_classes_and_differ_in_the_norm_alone():
+def test_the_demo_configs_know_the_classes_and_differ_in_norm_and_recovery_alone():
     psbn = Config.fromfile(DEMO / 'faster-rcnn_r18_fpn_psbn_demo.py')
     bn = Config.fromfile(DEMO / 'faster-rcnn_r18_fpn_bn_demo.py')
     assert psbn.metainfo.classes == demo_data.CLASSES
     assert psbn.model.roi_head.bbox_head.num_classes == len(demo_data.CLASSES)
+    assert [hook.type for hook in psbn.custom_hooks] == ['CollapseHook', 'RecoveryHook']
+    del psbn.custom_hooks[1]
     assert psbn.pretty_text.replace("'psBN'", "'BN'") == bn.pretty_text

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from common import BLUE, GREEN, GREY, IMAGES, ORANGE, RED, ROOT, Experiment, mean_ci, table
+from common import BLUE, GREEN, GREY, IMAGES, ORANGE, PINK, RED, ROOT, Experiment, mean_ci, table
 from matplotlib.figure import Figure
 
 from psbn_mmdet.checkpoints import (
@@ -31,7 +31,10 @@ from psbn_mmdet.report import find_record
 
 CONFIGS = Path(__file__).resolve().parent / 'configs'
 LEARNING_RATES = {'faster-rcnn': 0.005, 'retinanet': 0.0025}  # the baselines', for 4 images
-ARMS = ('BN', 'psBN', 'psBN, recovery', 'psBN, revived')
+ARMS = ('BN', 'psBN', 'psBN, recovery', 'psBN, decay', 'psBN, revived')
+# norm_decay_mult of 'psBN, decay': what the forecast advises at four times the learning rate.
+DECAY = {'faster-rcnn': 160, 'retinanet': 250}
+COLOURS = (RED, BLUE, ORANGE, PINK, GREEN)
 REVIVE_SHIFT = 0.02  # of what opens the filters without much change of the outputs
 SEEDS = 3
 
@@ -106,7 +109,8 @@ class Detection:
         work_dir = self.folder / detector / name
         kind = 'BN' if arm == 'BN' else 'psBN'
         parts = ['backbone', 'neck'] + (['bbox_head'] if detector == 'retinanet' else [])
-        start = last_checkpoint(pretrained) if arm in ARMS[:3] else pretrained / 'revived.pth'
+        revived = arm == 'psBN, revived'
+        start = pretrained / 'revived.pth' if revived else last_checkpoint(pretrained)
         recovery = '_recovery' if arm == 'psBN, recovery' else ''
         train(
             CONFIGS / f'{detector}_r18_fpn_photographs{recovery}.py',
@@ -119,6 +123,11 @@ class Detection:
                 'randomness.seed': seed,
                 'default_hooks.checkpoint.save_best': None,
             },
+            **(
+                {'optim_wrapper.paramwise_cfg.norm_decay_mult': DECAY[detector] * 4 / times}
+                if arm == 'psBN, decay'
+                else {}
+            ),
             **self.photographs,
             **self.quick,
         )
@@ -168,12 +177,11 @@ def main() -> None:
     pretrained = experiment.run(networks, detection.pretrain, jobs)
     settings = [
         dict(detector=detector, arm=arm, norm_eval=norm_eval, times=times, seed=seed)
-        for arms in (ARMS[:3], ARMS[3:])
         for seed in range(1 if experiment.quick else SEEDS)
         for times in ((1,) if experiment.quick else (1, 4))
         for norm_eval in ((True,) if experiment.quick else (True, False))
         for detector in detectors
-        for arm in arms
+        for arm in ARMS
     ]
     runs = experiment.run(settings, detection.finetune, jobs)
     rows = [{**setting, **outcome} for setting, (outcome,) in runs]
@@ -217,7 +225,7 @@ def draw(cells: list[dict]) -> Figure:
     figure = Figure(figsize=(9, 5), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     settings = list(dict.fromkeys((c['detector'], c['norm_eval'], c['times']) for c in cells))
-    for arm, colour, offset in zip(ARMS, (RED, BLUE, ORANGE, GREEN), (-0.24, -0.08, 0.08, 0.24)):
+    for arm, colour, offset in zip(ARMS, COLOURS, np.linspace(-0.3, 0.3, len(ARMS))):
         mine = {(c['detector'], c['norm_eval'], c['times']): c for c in cells if c['arm'] == arm}
         y = [settings.index(setting) + offset for setting in mine]
         left.plot([c['trapped'] for c in mine.values()], y, 'o', color=colour, label=arm)
@@ -239,7 +247,7 @@ def draw(cells: list[dict]) -> Figure:
     left.set_xlim(left=0)
     left.set_xlabel('trapped filters at the end (mean over seeds)')
     right.set_xlabel('AP less that of BN (mean, 95 % CI)')
-    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=5)
     clear = [
         cell
         for cell in cells

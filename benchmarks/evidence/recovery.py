@@ -330,6 +330,33 @@ def recover(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     Recovery([optimizer], find_norms(model), witness, **RECOVERY, around=around, failed=failed)
 
 
+def sizes_around(network: str, checkpoints: str) -> list[dict]:
+    """How large the weights around a public ResNet's dead filters are.
+
+    Returns:
+        list[dict]: By filter, the norm of its own convolution's weights and of those by which the
+        next one reads it, over the median of the layer's other filters.
+    """
+    blocks, file = RESNETS[network]
+    model = CifarResNet(blocks)
+    model.load_state_dict(read_weights(Path(checkpoints) / file).state_dict)
+    with torch.no_grad(), RectifierTrace(model.eval()) as trace:
+        model(torch.randn(2, 3, 32, 32))
+    rows = []
+    for layer in census_of_model(model, rectifiers=trace.rectifiers).layers:
+        if layer.rectifier != 'relu' or not layer.dead.any():
+            continue
+        own = model.get_submodule(trace.producers[layer.name]).weight.detach()
+        read = model.get_submodule(trace.consumers[layer.name][0]).weight.detach().transpose(0, 1)
+        sizes = [weight.flatten(1).norm(dim=1) for weight in (own, read)]
+        relative = [size / size[~torch.tensor(layer.dead)].median() for size in sizes]
+        for channel in np.flatnonzero(layer.dead):
+            values = {k: float(v[channel]) for k, v in zip(('own', 'read'), relative)}
+            name = {'network': network, 'layer': layer.name, 'channel': int(channel)}
+            rows.append({**name, **values})
+    return rows
+
+
 def settings(quick: bool, with_cells: bool) -> list[dict]:
     """All runs; 'part' says of what."""
     steps, before, seeds = (60, 150, [0, 1]) if quick else (800, 500, list(range(5)))
@@ -550,7 +577,9 @@ if __name__ == '__main__':
             return on_digits(**setting)
         return on_cells(folders=(str(checkpoints), str(images)), **setting)
 
-    runs = experiment.run(settings(experiment.quick, not missing([checkpoints, images])), run)
+    with_cells = not missing([checkpoints, images])
+    runs = experiment.run(settings(experiment.quick, with_cells), run)
     summary = summarise(runs)
-    experiment.write(**summary)
+    around = [r for name in RESNETS if with_cells for r in sizes_around(name, str(checkpoints))]
+    experiment.write(**summary, sizes_around=table(around))
     experiment.save(draw(summary))

@@ -18,7 +18,9 @@ _base_ = './faster-rcnn_r18_fpn_psbn_demo.py'
 train_cfg = dict(max_epochs=2, val_interval=1)
 train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=16))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=8))
-custom_hooks = [dict(type='CollapseHook', interval=2, window=2)]
+custom_hooks = [
+    dict(type='CollapseHook', interval=2, window=2), dict(type='RecoveryHook', steps=4, window=2)
+]
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1), logger=dict(interval=2))
 """
 
@@ -46,7 +48,12 @@ def first(checkout):
 
 def test_it_trains_and_shows_ap_table_and_report(checkout, first):
     assert re.search(r'AP 0\.\d+, AP50 0\.\d+', first)
-    assert 'Collapsed filters at iteration 8' in first
+    assert 'Filters at iteration 8, and in the whole training' in first
+    assert re.search(
+        r'\d+ filters collapsed in the training, \d+ of them were revived; \d+ are collapsed '
+        r'at its end\. RecoveryHook opened \d+ closed ones\.',
+        first,
+    )
     assert first.endswith('The report is in work_dirs/demo/report.html\n')
     page = (checkout / 'work_dirs/demo/report.html').read_text()
     assert page.count('data:image/svg+xml;base64,') >= 4
@@ -64,7 +71,7 @@ def test_it_trains_and_shows_ap_table_and_report(checkout, first):
 def test_run_again_it_trains_nothing_and_shows_the_same(checkout, first):
     again = demo(checkout)
     assert 'nothing to train' in again
-    title = 'Collapsed filters at'
+    title = 'Filters at iteration'
     assert again[again.rindex(title) :] == first[first.rindex(title) :]
 
 
