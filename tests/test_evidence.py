@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from cifar_resnet import CifarResNet
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
 from PIL import Image
 from torch import nn
 
@@ -25,7 +27,11 @@ sys.path.insert(0, str(FOLDER))
 import common  # noqa: E402
 import digits  # noqa: E402
 
+from psbn_mmdet.checkpoints import read_content  # noqa: E402
+from psbn_mmdet.checkpoints.config_model import model_of_config  # noqa: E402
+from psbn_mmdet.collapse import find_norms  # noqa: E402
 from psbn_mmdet.layers import PostShiftedBatchNorm2d  # noqa: E402
+from psbn_mmdet.preflight import load_config  # noqa: E402
 
 
 def run(name: str, work_dir: Path, *options: str | Path) -> subprocess.CompletedProcess:
@@ -295,7 +301,7 @@ def test_detection(work_dir, coco_root, cells):
     (pretrained,) = rows_of(result['pretrained'])
     assert pretrained['detector'] == 'retinanet'
     runs = rows_of(result['runs'])
-    arms = ['BN', 'psBN', 'psBN, recovery', 'psBN, revived']
+    arms = ['BN', 'psBN', 'psBN, recovery', 'psBN, decay', 'psBN, revived']
     assert [row['arm'] for row in runs] == arms
     assert all(0 <= row['AP'] <= row['AP50'] <= 1 for row in runs)
     assert not list((work_dir / 'detection/retinanet').glob('BN*/*.pth'))
@@ -317,6 +323,43 @@ def test_finetunings_are_paired_by_seed():
     assert psbn['AP-BN_low'] == pytest.approx(0.02 - half, rel=1e-3)
     assert psbn['seeds'] == 3
     detection.draw([bn, psbn])
+
+
+def test_decay(work_dir, coco_root):
+    run('decay', work_dir, '--drawn', coco_root)
+    result = result_of('decay', work_dir)
+    assert [row['arm'] for row in rows_of(result['cells'])] == [
+        'BN, starts at 0.1',
+        'psBN, gamma x 20',
+    ]
+    assert all(0 <= row['AP'] <= row['AP50'] <= 1 for row in rows_of(result['runs']))
+
+
+def test_arms_of_the_decay_decay_what_their_names_say(tmp_path):
+    """By the optimiser that MMEngine builds, and by the biases that are loaded."""
+    import decay
+
+    for arm, expected in {
+        'BN': (1, 1, 0.0),
+        'psBN, gamma x 20': (20, 1, 0.1),
+        'psBN, beta x 20': (1, 20, 0.1),
+        'BN x 20, starts at 0.1': (20, 20, 0.1),
+    }.items():
+        file = tmp_path / 'arm.py'
+        file.write_text(decay.config_of(arm, tmp_path))
+        config = load_config(str(file))
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            model = model_of_config(config)
+            optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+        if config.get('load_from'):
+            state = read_content(config.load_from)['state_dict']
+            assert not model.load_state_dict(state, strict=False).unexpected_keys
+        decayed = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
+        plain = optimizer.defaults['weight_decay']
+        for norm in find_norms(model).values():
+            shift = getattr(norm, 'beta', norm.bias)
+            found = decayed[id(norm.weight)] / plain, decayed[id(shift)] / plain
+            assert (*found, norm.bias.mean().item()) == pytest.approx(expected), arm
 
 
 def test_alpha(work_dir):

@@ -580,6 +580,7 @@ if __name__ == '__main__':
     with_cells = not missing([checkpoints, images])
     runs = experiment.run(settings(experiment.quick, with_cells), run)
     summary = summarise(runs)
-    around = [r for name in RESNETS if with_cells for r in sizes_around(name, str(checkpoints))]
+    networks = dict.fromkeys(s['network'] for s, _ in runs if s['part'] == 'cells')
+    around = [row for name in networks for row in sizes_around(name, str(checkpoints))]
     experiment.write(**summary, sizes_around=table(around))
     experiment.save(draw(summary))
