@@ -1,8 +1,8 @@
 """What reviving does to a detector's outputs before any training, by the size of the shift.
 
-A BN checkpoint with collapsed filters is converted with ``revive='collapsed'``: how many filters
-keep the shift, how many of them a rectifier then lets through, how far the neck's outputs move
-(L2 norm of the change by that of the outputs) and what becomes of COCO AP.
+A BN checkpoint with collapsed filters is converted to psBN and revived: how many filters are opened
+and to which b, how far the neck's outputs move (L2 norm of the change by that of the outputs) and
+what becomes of COCO AP.
 """
 
 from __future__ import annotations
@@ -21,22 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from timing import write  # noqa: E402
 
-from psbn_mmdet.checkpoints import read_weights, rectifiers_of_config  # noqa: E402
-from psbn_mmdet.layers import bn_to_psbn, find_norm_states, rectifier_closed  # noqa: E402
+from psbn_mmdet.checkpoints import read_weights, structure_of_config  # noqa: E402
+from psbn_mmdet.collapse import revive  # noqa: E402
+from psbn_mmdet.collapse.revival import OPEN  # noqa: E402
+from psbn_mmdet.layers import bn_to_psbn, find_norm_states  # noqa: E402
 
 SHIFTS = (0.02, 0.05, 0.1, 0.2, 0.5)
-
-
-def opened(before: dict[str, Tensor], after: dict[str, Tensor], shift: float) -> tuple[int, int]:
-    """Number of filters that keep the shift, and of those that a rectifier then lets through."""
-    kept = through = 0
-    for name in find_norm_states(after):
-        gamma, bias = before[f'{name}.weight'], before[f'{name}.bias']
-        b = after[f'{name}.beta'] + shift
-        moved = b - bias > shift / 2
-        kept += int(moved.sum())
-        through += int((moved & ~rectifier_closed(gamma, b)).sum())
-    return kept, through
 
 
 def main() -> None:
@@ -50,15 +40,16 @@ def main() -> None:
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict({'work_dir': args.work_dir, 'log_level': 'ERROR', 'custom_hooks': []})
     before = read_weights(args.checkpoint).state_dict
-    rectifiers = rectifiers_of_config(cfg, find_norm_states(before))
+    structure = structure_of_config(cfg, find_norm_states(before))
     runner = Runner.from_cfg(cfg)
     model = runner.model
     batch = next(iter(runner.test_dataloader))
     rows = []
     reference: list[Tensor] = []
     for shift in (None, *SHIFTS):
-        revive = 'none' if shift is None else 'collapsed'
-        after = bn_to_psbn(before, shift or 0.1, revive, rectifiers)
+        after, opened = bn_to_psbn(before, shift or 0.1), {}
+        if shift is not None:
+            after, opened = revive(after, structure)
         model.load_state_dict(after)
         model.eval()
         with torch.no_grad():
@@ -67,21 +58,20 @@ def main() -> None:
         reference = reference or features
         change = torch.cat(features) - torch.cat(reference)
         scores = runner.test()
-        kept, through = opened(before, after, shift or 0.1)
         rows.append(
             {
                 'shift': shift,
-                'kept_shift': kept,
-                'let_through': through,
+                'b': None if shift is None else OPEN * shift,
+                'opened': sum(map(len, opened.values())),
                 'change': float(change.norm() / torch.cat(reference).norm()),
                 'AP': scores['coco/bbox_mAP'],
                 'AP50': scores['coco/bbox_mAP_50'],
             }
         )
-    print('shift   keep it   let through   outputs change   AP      AP50')
+    print('shift   opened   to b    outputs change   AP      AP50')
     for row in rows:
         print(
-            f'{row["shift"] or "none":<5} {row["kept_shift"]:>9} {row["let_through"]:>13} '
+            f'{row["shift"] or "none":<5} {row["opened"]:>8}   {row["b"] or 0:<6g} '
             f'{100 * row["change"]:>14.2f} %   {row["AP"]:.3f}   {row["AP50"]:.3f}'
         )
     result = {'torch': torch.__version__, 'arguments': vars(args), 'rows': rows}

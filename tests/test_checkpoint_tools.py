@@ -221,16 +221,15 @@ def test_a_checkpoint_is_converted_and_back(folder, tmp_path):
     assert all(torch.allclose(back[key], value, atol=1e-7) for key, value in original.items())
 
 
-@pytest.mark.parametrize('config', [[], ['--config', 'detector.py']])
-def test_what_is_revived_is_told(folder, tmp_path, config):
+def test_what_is_revived_is_told(folder, tmp_path):
     out = tmp_path / 'psbn.pth'
-    options = ['--to', 'psbn', '--revive', 'collapsed', '--shift', '0.5', *config]
+    options = ['--to', 'psbn', '--revive', 'collapsed', '--shift', '0.5', '--config', 'detector.py']
     result = run('convert_checkpoint.py', 'collapsed.pth', out, *options, cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert f'{1 if config else 3} filters with b + 3 |gamma| <= 0 keep the shift' in result.stdout
+    assert '1 filters with b + 3 |gamma| <= 0 before a ReLU are opened, to b = 0.1' in result.stdout
     assert 'backbone.layer1.0.bn1: 5' in result.stdout
     beta = read_content(out)['state_dict']['backbone.layer1.0.bn1.beta']
-    assert beta.tolist() == pytest.approx([-0.5, -0.5, 0.5, -0.5, -0.5, -4, -0.5, -0.5])
+    assert beta.tolist() == pytest.approx([-0.5, -0.5, 0.5, -0.5, -0.5, -0.4, -0.5, -0.5])
 
 
 @pytest.mark.parametrize(
@@ -241,6 +240,7 @@ def test_what_is_revived_is_told(folder, tmp_path, config):
         (['well.pth', 'a.pth', '--to', 'psbn', '--shift', '0'], 'finite number > 0, got 0'),
         (['well.pth', 'a.pth', '--to', 'bn', '--revive', 'collapsed'], '--revive is for --to psbn'),
         (['well.pth', 'a.pth', '--to', 'psbn', '--config', 'c.py'], '--config is for --revive'),
+        (['well.pth', 'a.pth', '--to', 'psbn', '--revive', 'collapsed'], '--revive needs --config'),
         (['none.pth', 'a.pth', '--to', 'psbn'], 'none.pth does not exist'),
     ],
 )

@@ -21,7 +21,7 @@ from psbn_mmdet.checkpoints import (
     convert_checkpoint,
     read_content,
     read_weights,
-    rectifiers_of_config,
+    structure_of_config,
     write_content,
 )
 from psbn_mmdet.layers import find_norm_states
@@ -35,7 +35,6 @@ ARMS = ('BN', 'psBN', 'psBN, recovery', 'psBN, decay', 'psBN, revived')
 # norm_decay_mult of 'psBN, decay': what the forecast advises at four times the learning rate.
 DECAY = {'faster-rcnn': 160, 'retinanet': 250}
 COLOURS = (RED, BLUE, ORANGE, PINK, GREEN)
-REVIVE_SHIFT = 0.02  # of what opens the filters without much change of the outputs
 SEEDS = 3
 
 
@@ -92,9 +91,9 @@ class Detection:
         train(config, work_dir, **self.drawn, **self.quick)
         checkpoint = last_checkpoint(work_dir)
         names = find_norm_states(read_weights(checkpoint).state_dict)
-        rectifiers = rectifiers_of_config(load_config(str(config)), names)
+        structure = structure_of_config(load_config(str(config)), names)
         content = read_content(checkpoint)
-        revived, done = convert_checkpoint(content, 'psbn', REVIVE_SHIFT, 'collapsed', rectifiers)
+        revived, done = convert_checkpoint(content, 'psbn', structure=structure)
         (work_dir / 'revived.pth').unlink(missing_ok=True)
         write_content(revived, work_dir / 'revived.pth')
         opened = sum(map(len, done.opened.values()))

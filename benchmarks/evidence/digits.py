@@ -18,7 +18,14 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psbn_mmdet.collapse import Census, GradientWatch, census_of_model, find_norms, trace_rectifiers
+from psbn_mmdet.collapse import (
+    Census,
+    GradientWatch,
+    Structure,
+    census_of_model,
+    find_norms,
+    trace_structure,
+)
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.records import KINDS
 
@@ -207,14 +214,16 @@ def train_and_count(
     train(
         nets, data, optimizer, draw_batches(data, nets.seeds, steps, first), before_step, after_step
     )
-    found = census_of_model(nets, rectifiers=rectifiers_of(nets, data), trapped=watch.trapped())
+    found = census_of_model(
+        nets, rectifiers=structure_of(nets, data).rectifiers, trapped=watch.trapped()
+    )
     watch.close()
     return found
 
 
-def rectifiers_of(nets: Nets, data: Data) -> dict[str, str]:
-    """What follows each norm."""
-    return trace_rectifiers(nets, data.test[:2].expand(-1, len(nets.seeds), -1, -1))
+def structure_of(nets: Nets, data: Data) -> Structure:
+    """What stands around each norm."""
+    return trace_structure(nets, data.test[:2].expand(-1, len(nets.seeds), -1, -1))
 
 
 def by_net(masks: Sequence[np.ndarray], nets: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from common import (
     slope_ci,
     table,
 )
-from digits import Nets, by_net, draw_batches, load_data, loss_of, rectifiers_of, train
+from digits import Nets, by_net, draw_batches, load_data, loss_of, structure_of, train
 from matplotlib.figure import Figure
 from scipy import integrate, optimize, special
 from torch import nn
@@ -205,7 +205,7 @@ def real_walk(arch: str, lr: float, gamma: float, steps: int, seeds: Sequence[in
     data = load_data()
     nets = Nets(arch, 'BN', 'relu', seeds)
     n = len(seeds)
-    rectifiers = rectifiers_of(nets, data)
+    rectifiers = structure_of(nets, data).rectifiers
     norms = [norm for name, norm in find_norms(nets).items() if feeds_rectifier(rectifiers, name)]
     chosen = []
     for norm in norms:

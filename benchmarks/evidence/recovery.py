@@ -38,7 +38,7 @@ from digits import (
     draw_batches,
     load_data,
     loss_of,
-    rectifiers_of,
+    structure_of,
     train,
     train_and_count,
 )
@@ -53,9 +53,11 @@ from psbn_mmdet.collapse import (
     GradientWatch,
     Recovery,
     RectifierTrace,
+    Structure,
     census_of_model,
     find_norms,
-    trace_rectifiers,
+    revive,
+    trace_structure,
 )
 from psbn_mmdet.layers import bn_to_psbn, feeds_rectifier
 
@@ -103,13 +105,15 @@ class Reach:
         return hook
 
 
-def converted(network: nn.Module, arm: str, rectifiers: dict, shift: float = 0.1) -> nn.Module:
+def converted(network: nn.Module, arm: str, structure: Structure, shift: float = 0.1) -> nn.Module:
     """A copy of a network with the arm's norms."""
     network = copy.deepcopy(network)
     if arm == 'BN':
         return network
-    revive = 'collapsed' if arm == 'psBN, revive' else 'none'
-    return bn_to_psbn(network, shift, revive, rectifiers)
+    bn_to_psbn(network, shift)
+    if arm == 'psBN, revive':
+        network.load_state_dict(revive(network.state_dict(), structure)[0])
+    return network
 
 
 @cache
@@ -140,8 +144,8 @@ def on_digits(
     """Go on with collapsed networks: a row for each of their trapped filters before a ReLU."""
     data = load_data()
     start, trapped, reach = collapsed_nets(arch, tuple(seeds), steps_before)
-    rectifiers = rectifiers_of(start, data)
-    nets = converted(start, arm, rectifiers, shift)
+    structure = structure_of(start, data)
+    nets = converted(start, arm, structure, shift)
     norms = find_norms(nets)
     begin = {
         name: (norm.weight.detach().clone(), norm.bias.detach().clone())
@@ -156,7 +160,7 @@ def on_digits(
     scores = accuracy(nets, data)
     rows = []
     for name, (gamma, b) in begin.items():
-        if not feeds_rectifier(rectifiers, name):
+        if not feeds_rectifier(structure.rectifiers, name):
             continue
         each = norms[name].num_features // len(seeds)
         rows += [
@@ -253,16 +257,17 @@ def on_cells(
     model.load_state_dict(read_weights(Path(checkpoints) / file).state_dict)
     torch.manual_seed(seed)
     model.linear = nn.Linear(64, 3)
-    rectifiers = trace_rectifiers(model, torch.randn(2, 3, 32, 32))
+    structure = trace_structure(model, torch.randn(2, 3, 32, 32))
     probe = copy.deepcopy(model)
     reach = Reach(probe)
     with torch.no_grad():
         for start in range(0, min(320, len(cells.train[1])), BATCH):
             probe(cells.train[0][start : start + BATCH])
     dead = {
-        layer.name: layer.dead for layer in census_of_model(model, rectifiers=rectifiers).layers
+        layer.name: layer.dead
+        for layer in census_of_model(model, rectifiers=structure.rectifiers).layers
     }
-    model = converted(model, arm, rectifiers)
+    model = converted(model, arm, structure)
     norms = find_norms(model)
     begin = {
         name: (norm.weight.detach().clone(), norm.bias.detach().clone())

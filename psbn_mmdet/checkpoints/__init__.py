@@ -1,7 +1,7 @@
 """Checkpoint files: reading them without running code, and converting them as a whole."""
 
 from .checkpoint_conversion import Conversion, convert_checkpoint
-from .config_model import rectifiers_of_config
+from .config_model import structure_of_config
 from .formats import CheckpointError, Weights, read_content, read_torch, read_weights, write_content
 
 __all__ = [
@@ -12,6 +12,6 @@ __all__ = [
     'read_content',
     'read_torch',
     'read_weights',
-    'rectifiers_of_config',
+    'structure_of_config',
     'write_content',
 ]

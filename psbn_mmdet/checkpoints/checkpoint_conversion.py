@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..collapse import Structure, revive
 from ..layers import bn_to_psbn, entry_key, find_norm_states, psbn_to_bn
 from .config_text import config_to_bn, config_to_psbn
 from .formats import CheckpointError, SafetensorsContent, find_state_dicts, wrapper_of
@@ -18,7 +18,7 @@ class Conversion:
     Attributes:
         converted (dict[str, list[str]]): Layers by state dict.
         left (dict[str, str]): Layers left alone, and why.
-        opened (dict[str, list[int]]): Channels whose shift was left in, by layer.
+        opened (dict[str, list[int]]): Closed channels that were opened, by layer.
         renamed (int): Entries of optimiser states that go by the parameters' names.
         configs (int): Texts of configs whose norm types were replaced.
     """
@@ -34,8 +34,7 @@ def convert_checkpoint(
     content: Any,
     to: str,
     shift: float = 0.1,
-    revive: str = 'none',
-    rectifiers: Mapping[str, str] | None = None,
+    structure: Structure | None = None,
 ) -> tuple[Any, Conversion]:
     """Convert all state dicts in a checkpoint, and what else speaks of their layers.
 
@@ -48,16 +47,16 @@ def convert_checkpoint(
         content (Any): What :func:`.read_content` returned; not changed.
         to (str): 'psbn' or 'bn'.
         shift (float): See :func:`psbn_mmdet.layers.bn_to_psbn`. Defaults to 0.1.
-        revive (str): See :func:`psbn_mmdet.layers.bn_to_psbn`. Defaults to 'none'.
-        rectifiers (Mapping[str, str], optional): What follows each layer, by the names without
-            those of wrappers (``module.``). Defaults to None.
+        structure (Structure, optional): To revive: what stands around each layer, by the names
+            without those of wrappers (``module.``); closed filters are then opened, see
+            :func:`psbn_mmdet.collapse.revive`. Defaults to None.
 
     Returns:
         tuple[Any, Conversion]: The converted content and what was done.
 
     Raises:
         CheckpointError: If there is nothing to convert.
-        ValueError: If ``shift`` or ``revive`` is not valid.
+        ValueError: If ``shift`` is not valid.
     """
     done = Conversion()
     old_kind = 'BN' if to == 'psbn' else 'psBN'
@@ -74,14 +73,10 @@ def convert_checkpoint(
             elif kind not in ('BN', 'psBN'):
                 done.left[name] = kind
         if to == 'psbn':
-            wrapper = wrapper_of(state_dict)
-            own = rectifiers and {wrapper + name: kind for name, kind in rectifiers.items()}
-            new = bn_to_psbn(state_dict, shift, revive, own)
-            for name in done.converted.get(key, []):
-                beta, bias = new[entry_key(name, 'beta')], state_dict[entry_key(name, 'bias')]
-                moved = beta - bias + shift > shift / 2
-                if moved.any():
-                    done.opened[name] = moved.nonzero().flatten().tolist()
+            new = bn_to_psbn(state_dict, shift)
+            if structure is not None:
+                new, opened = revive(new, structure.renamed('', wrapper_of(state_dict)))
+                done.opened |= opened
         else:
             new = psbn_to_bn(state_dict)
         new_dicts[id(state_dict)] = new

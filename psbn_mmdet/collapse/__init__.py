@@ -14,7 +14,15 @@ from .census import (
 from .gradients import GradientWatch
 from .leak import leak_share
 from .recovery import Recovery, decay_per_step
-from .trace import RectifierTrace, StepTrace, trace_rectifiers, what_follows
+from .revival import revive
+from .trace import (
+    RectifierTrace,
+    StepTrace,
+    Structure,
+    trace_rectifiers,
+    trace_structure,
+    what_follows,
+)
 
 __all__ = [
     'ASSUMED',
@@ -24,6 +32,7 @@ __all__ = [
     'Recovery',
     'RectifierTrace',
     'StepTrace',
+    'Structure',
     'census_of_model',
     'census_of_state_dict',
     'check_thresholds',
@@ -31,7 +40,9 @@ __all__ = [
     'decay_per_step',
     'find_norms',
     'leak_share',
+    'revive',
     'trace_rectifiers',
+    'trace_structure',
     'trainable_bias',
     'what_follows',
 ]

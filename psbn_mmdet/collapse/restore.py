@@ -15,7 +15,7 @@ moves (docs/evidence.md, section 3). While it is closed these weights are as fre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -48,20 +48,54 @@ def restore(
         alive (Tensor): Those that are not, bool of shape (C,).
     """
     if producer is not None and _trained(producer):
-        weight, bias = cast(Tensor, producer.weight), cast('Tensor | None', producer.bias)
-        if weight.shape[0] == len(closed):
-            factor = _grow(weight, 0, closed & (cast(Tensor, norm.bias) <= 0), alive)
-            cast(Tensor, norm.weight).div_(factor)
-            for values in (bias, norm.running_mean, norm.running_var, norm.running_var):
-                if values is not None:
-                    cast(Tensor, values).mul_(factor)
+        restore_own(
+            norm._parameters | norm._buffers,
+            producer._parameters,
+            closed & (cast(Tensor, norm.bias) <= 0),
+            alive,
+        )
     for consumer in consumers:
         if _trained(consumer):
-            weight = cast(Tensor, consumer.weight)
-            # One filter is read by one of a depthwise convolution's, or by a part of all.
-            depthwise = getattr(consumer, 'groups', 1) == len(closed) == weight.shape[0]
-            if depthwise or weight.shape[1] == len(closed):
-                _grow(weight, 0 if depthwise else 1, closed, alive)
+            restore_reader(cast(Tensor, consumer.weight), closed, alive)
+
+
+def restore_own(
+    norm: Mapping[str, Tensor | None],
+    producer: Mapping[str, Tensor | None],
+    closed: Tensor,
+    alive: Tensor,
+) -> None:
+    """Multiply the weights of closed filters, and what else keeps gamma * xhat from growing.
+
+    Args:
+        norm (Mapping[str, Tensor | None]): Entries of the layer's state dict, changed in place.
+        producer (Mapping[str, Tensor | None]): 'weight' and 'bias', changed in place.
+        closed (Tensor): The filters that are closed, bool of shape (C,).
+        alive (Tensor): Those that are not, bool of shape (C,).
+    """
+    weight, gamma = producer['weight'], norm['weight']
+    if weight is None or gamma is None or weight.shape[0] != len(closed):
+        return
+    factor = _grow(weight, 0, closed, alive)
+    gamma.div_(factor)
+    mean, var = norm.get('running_mean'), norm.get('running_var')
+    for values in (producer.get('bias'), mean, var, var):
+        if values is not None:
+            values.mul_(factor)
+
+
+def restore_reader(weight: Tensor, closed: Tensor, alive: Tensor) -> None:
+    """Multiply the weights by which a convolution reads closed filters.
+
+    Args:
+        weight (Tensor): The convolution's, of shape (O, I, ...), changed in place.
+        closed (Tensor): The filters that are closed, bool of shape (C,).
+        alive (Tensor): Those that are not, bool of shape (C,).
+    """
+    # One filter is read by one of a depthwise convolution's, or by a part of all.
+    depthwise = weight.shape[0] == len(closed) and weight.shape[1] == 1
+    if depthwise or weight.shape[1] == len(closed):
+        _grow(weight, 0 if depthwise else 1, closed, alive)
 
 
 def _trained(module: nn.Module) -> bool:

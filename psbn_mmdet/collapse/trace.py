@@ -459,8 +459,63 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
+@dataclass(frozen=True)
+class Structure:
+    """What stands around the BN layers of a network.
+
+    Attributes:
+        rectifiers (dict[str, str]): See :class:`RectifierTrace`.
+        producers (dict[str, str]): See :class:`RectifierTrace`.
+        consumers (dict[str, list[str]]): See :class:`RectifierTrace`.
+    """
+
+    rectifiers: dict[str, str]
+    producers: dict[str, str]
+    consumers: dict[str, list[str]]
+
+    def renamed(self, remove: str, add: str) -> Structure:
+        """With one prefix of all names removed, and another put before them.
+
+        Args:
+            remove (str): What has not got it is left out.
+            add (str): The other.
+        """
+
+        def new(name: str) -> str:
+            return add + name[len(remove) :]
+
+        return Structure(
+            {new(k): v for k, v in self.rectifiers.items() if k.startswith(remove)},
+            {
+                new(k): new(v)
+                for k, v in self.producers.items()
+                if k.startswith(remove) and v.startswith(remove)
+            },
+            {
+                new(k): [new(v) for v in names if v.startswith(remove)]
+                for k, names in self.consumers.items()
+                if k.startswith(remove)
+            },
+        )
+
+
 def trace_rectifiers(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, str]:
     """Find out which BN layers feed a rectifier, by one forward pass without any effect.
+
+    Arguments are those of :func:`trace_structure`.
+
+    Returns:
+        dict[str, str]: See :attr:`RectifierTrace.rectifiers`; layers that did not run are absent.
+
+    Examples:
+        >>> rectifiers = trace_rectifiers(resnet, torch.randn(2, 3, 64, 64))
+        >>> census(resnet, rectifiers=rectifiers).count('dead')
+    """
+    return trace_structure(model, *inputs, **kwargs).rectifiers
+
+
+def trace_structure(model: nn.Module, *inputs: Any, **kwargs: Any) -> Structure:
+    """Find out what stands around the BN layers, by one forward pass without any effect.
 
     Running statistics and all other buffers, random number generators, hooks, training flags and
     gradients are afterwards what they were, and ``inputs`` are not written to.
@@ -471,11 +526,7 @@ def trace_rectifiers(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str,
         **kwargs: Passed to ``model``.
 
     Returns:
-        dict[str, str]: See :attr:`RectifierTrace.rectifiers`; layers that did not run are absent.
-
-    Examples:
-        >>> rectifiers = trace_rectifiers(resnet, torch.randn(2, 3, 64, 64))
-        >>> census(resnet, rectifiers=rectifiers).count('dead')
+        Structure: Layers that did not run are absent.
     """
     inputs, kwargs = tree_map_only(Tensor, torch.clone, (inputs, kwargs))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -487,7 +538,7 @@ def trace_rectifiers(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str,
                 buffer.copy_(buffers[name])
     if trace.failure is not None:
         raise trace.failure
-    return trace.rectifiers
+    return Structure(trace.rectifiers, trace.producers, trace.consumers)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
-from ..checkpoints import read_weights, rectifiers_of_config
+from ..checkpoints import read_weights, structure_of_config
 from ..collapse import ASSUMED, census_of_state_dict, compare
 from ..forecast import forecast_of_config
 from ..layers import find_norm_states
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args.checkpoints) > 2:
         parser.error(f'one or two checkpoints, got {len(args.checkpoints)}')
     try:
-        audit = make_audit(args)
+        with redirect_stdout(sys.stderr):  # MMEngine logs what it builds, data sets what they load
+            audit = make_audit(args)
         if args.plot:
             plot_audit(audit, args.plot)
     except (OSError, ValueError) as error:
@@ -82,7 +83,7 @@ def make_audit(args: argparse.Namespace) -> Audit:
     of_config: dict[str, str] | None = None
     if args.config:
         names = {name for weights in read for name in find_norm_states(weights.state_dict)}
-        of_config = rectifiers_of_config(load_config(args.config), sorted(names))
+        of_config = structure_of_config(load_config(args.config), sorted(names)).rectifiers
     counted = []
     for path, weights in zip(args.checkpoints, read):
         known = weights.rectifiers if of_config is None else of_config
@@ -111,8 +112,7 @@ def make_audit(args: argparse.Namespace) -> Audit:
     forecast, no_forecast = None, ''
     if args.config:
         try:
-            with redirect_stdout(sys.stderr):  # data sets print what they load
-                forecast = forecast_of_config(load_config(args.config), after)
+            forecast = forecast_of_config(load_config(args.config), after)
             no_forecast = '' if forecast else 'the config trains no psBN'
         except Exception as error:  # whatever data sets and optimisers of somebody's own may raise
             no_forecast = one_line(error)

@@ -15,10 +15,11 @@ from ..checkpoints import (
     convert_checkpoint,
     read_content,
     read_weights,
-    rectifiers_of_config,
+    structure_of_config,
     write_content,
 )
-from ..layers import REVIVE, find_norm_states
+from ..collapse.revival import OPEN
+from ..layers import find_norm_states
 from ..preflight import load_config
 
 
@@ -33,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--shift', type=float, default=0.1, help='alpha of psBN (%(default)s)')
     parser.add_argument(
         '--revive',
-        choices=REVIVE,
+        choices=('none', 'collapsed'),
         default='none',
-        help='collapsed: leave the shift in where a filter passes nothing, which opens it',
+        help='collapsed: open the filters before a ReLU that pass nothing; needs --config',
     )
-    parser.add_argument('--config', help='of the model: revive only layers before a rectifier')
+    parser.add_argument('--config', help='of the model, for --revive: tells what stands where')
     args = parser.parse_args(argv)
     try:
         for option, given in (('--revive', args.revive != 'none'), ('--config', args.config)):
@@ -45,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f'{option} is for --to psbn: leave it out')
         if args.config and args.revive == 'none':
             raise ValueError('--config is for --revive collapsed: leave it out')
-        rectifiers = None
+        if args.revive != 'none' and not args.config:
+            raise ValueError(
+                '--revive needs --config, which tells what follows each layer: add the config of '
+                'the model'
+            )
+        structure = None
         if args.config:
             names = find_norm_states(read_weights(args.input).state_dict)
-            rectifiers = rectifiers_of_config(load_config(args.config), names)
-        content, done = convert_checkpoint(
-            read_content(args.input), args.to, args.shift, args.revive, rectifiers
-        )
+            structure = structure_of_config(load_config(args.config), names)
+        content, done = convert_checkpoint(read_content(args.input), args.to, args.shift, structure)
         write_content(content, args.output)
     except (OSError, ValueError) as error:
         print(f'convert_checkpoint: {error}', file=sys.stderr)
@@ -74,8 +78,8 @@ def summary(done: Conversion, args: argparse.Namespace) -> str:
     if args.revive != 'none':
         opened = sum(map(len, done.opened.values()))
         lines.append(
-            f'  {opened} filters with b + 3 |gamma| <= 0 keep the shift: '
-            f'their output rises by {args.shift:g}'
+            f'  {opened} filters with b + 3 |gamma| <= 0 before a ReLU are opened, to b = '
+            f'{OPEN * args.shift:g}'
         )
         lines += [
             f'    {name}: {", ".join(map(str, which))}' for name, which in done.opened.items()

@@ -12,7 +12,7 @@ from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
-from ..checkpoints.config_model import model_of_config, names_in_model
+from ..checkpoints.config_model import model_of_config, prefix_in_model
 from ..collapse import Census, find_norms
 from .forecast import Forecast, make_forecast
 from .schedule import courses
@@ -39,13 +39,14 @@ def forecast_of_config(cfg: Config, census: Census) -> Forecast | None:
             raise ValueError(f'the config has no {setting}')
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
         model = model_of_config(cfg)
-        names = names_in_model(cfg, model, [layer.name for layer in census.layers])
+        names = [layer.name for layer in census.layers]
+        prefix = prefix_in_model(cfg, model, names)
         wrapper = _optim_wrapper(cfg, model)
         epoch_length = len(Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader), seed=0))
         iterations, by_epoch = _iterations(cfg.train_cfg, epoch_length)
         schedulers = _schedulers(cfg, wrapper, iterations, epoch_length)
     of_model = find_norms(model)
-    norms = {name: of_model[own] for name, own in names.items()}
+    norms = {name: of_model[prefix + name] for name in names if prefix + name in of_model}
     params = [param for norm in norms.values() for param in norm.parameters()]
     length = epoch_length if by_epoch else None
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == 'RecoveryHook']

@@ -1,6 +1,6 @@
 """The psBN layers, and conversion between them and BN."""
 
-from .layer_conversion import RECTIFIERS, REVIVE, bn_to_psbn, feeds_rectifier, psbn_to_bn
+from .layer_conversion import RECTIFIERS, bn_to_psbn, feeds_rectifier, psbn_to_bn
 from .psbn import (
     PostShiftedBatchNorm,
     PostShiftedBatchNorm1d,
@@ -14,7 +14,6 @@ from .state_dict import entry_key, find_norm_states
 
 __all__ = [
     'RECTIFIERS',
-    'REVIVE',
     'PostShiftedBatchNorm',
     'PostShiftedBatchNorm1d',
     'PostShiftedBatchNorm2d',

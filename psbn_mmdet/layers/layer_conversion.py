@@ -1,8 +1,4 @@
-"""Conversion between BN and psBN that leaves the network's function as it is.
-
-Of modules and of state dicts. ``revive='collapsed'`` departs from that on purpose: the filters
-that are closed for good are opened by the shift, all others keep their function.
-"""
+"""Conversion of modules and state dicts between BN and psBN, which keeps their function."""
 
 from __future__ import annotations
 
@@ -24,7 +20,6 @@ from .psbn import (
     PostShiftedSyncBatchNorm,
     at_least_float32,
     check_shift,
-    rectifier_closed,
 )
 from .state_dict import entry_key, find_norm_states
 
@@ -37,19 +32,13 @@ _PSBN_OF_BN: dict[type[_BatchNorm], type[PostShiftedBatchNorm]] = {
     _BatchNormXd: PostShiftedSyncBatchNorm,
 }
 _BN_OF_PSBN = {psbn: bn for bn, psbn in reversed(_PSBN_OF_BN.items())}
-REVIVE = ('none', 'collapsed')
 RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
 
 AnyTensor = TypeVar('AnyTensor', bound=Tensor)
 ModuleOrStateDict = TypeVar('ModuleOrStateDict', nn.Module, Mapping[str, Any])
 
 
-def bn_to_psbn(
-    network: ModuleOrStateDict,
-    shift: float = 0.1,
-    revive: str = 'none',
-    rectifiers: Mapping[str, str] | None = None,
-) -> ModuleOrStateDict:
+def bn_to_psbn(network: ModuleOrStateDict, shift: float = 0.1) -> ModuleOrStateDict:
     """Replace BN by psBN; outputs stay as they are (beta = bias - shift).
 
     In a module, layers of torch's own BN classes with gamma and bias are replaced. Subclasses by
@@ -62,42 +51,27 @@ def bn_to_psbn(
             which is not changed. A network's gamma parameters stay the same objects, beta are
             new ones: build the optimiser after the conversion.
         shift (float): The constant alpha of the new layers. Defaults to 0.1.
-        revive (str): 'none', or 'collapsed' to open filters that pass nothing: those with
-            ``bias + 3 * |gamma| <= 0`` keep ``beta = bias``, so that their new bias is
-            ``bias + shift`` and, where that is above ``-3 * |gamma|``, gradient reaches them from
-            the first step on. The function changes at these filters. Defaults to 'none'.
-        rectifiers (Mapping[str, str], optional): What follows each layer, from
-            :func:`psbn_mmdet.collapse.trace_rectifiers`. Only layers before a rectifier are then
-            revived. None revives all, also those before a residual addition, where nothing was
-            closed. Defaults to None.
 
     Returns:
         nn.Module | dict[str, Tensor]: ``network``, or the new layer if it is a BN itself; a new
         dict for a state dict, with float32 for beta where bias is in half precision.
 
     Raises:
-        ValueError: If ``shift`` is not a finite number > 0 or ``revive`` is not one of the two.
+        ValueError: If ``shift`` is not a finite number > 0.
     """
     shift = check_shift(shift)
-    if revive not in REVIVE:
-        raise ValueError(f'revive must be one of {", ".join(REVIVE)}, got {revive!r}')
 
-    def beta(name: str, gamma: Tensor, bias: Tensor) -> Tensor:
-        converted = at_least_float32(bias) - shift
-        if revive == 'collapsed' and (rectifiers is None or feeds_rectifier(rectifiers, name)):
-            closed = rectifier_closed(gamma, bias)
-            converted[closed] = bias[closed].to(converted.dtype)
-        return converted
+    def beta(bias: Tensor) -> Tensor:
+        return at_least_float32(bias) - shift
 
     tied = _Tied()
     if isinstance(network, nn.Module):
-        return _replace(network, lambda name, layer: _to_psbn(name, layer, shift, beta, tied))
+        return _replace(network, lambda name, layer: _to_psbn(layer, shift, beta, tied))
     edits = {}
     for name, kind in find_norm_states(network).items():
         if kind == 'BN':
             bias = entry_key(name, 'bias')
-            new = beta(name, network[entry_key(name, 'weight')], network[bias])
-            new = tied(network[bias], new)
+            new = tied(network[bias], beta(network[bias]))
             edits[bias] = {
                 entry_key(name, 'beta'): new,
                 entry_key(name, 'shift'): new.new_tensor(shift),
@@ -155,9 +129,7 @@ class _Tied:
         return made if made is new or torch.equal(made, new) else new
 
 
-def _to_psbn(
-    name: str, layer: nn.Module, shift: float, beta: Callable, tied: _Tied
-) -> nn.Module | None:
+def _to_psbn(layer: nn.Module, shift: float, beta: Callable, tied: _Tied) -> nn.Module | None:
     if not isinstance(layer, _BatchNorm) or layer.weight is None or layer.bias is None:
         return None
     psbn_class = _PSBN_OF_BN.get(type(layer))
@@ -173,7 +145,7 @@ def _to_psbn(
         shift=shift,
     )
     psbn.weight = layer.weight
-    new_beta = beta(name, layer.weight.detach(), layer.bias.detach()).to(layer.bias.dtype)
+    new_beta = beta(layer.bias.detach()).to(layer.bias.dtype)
     psbn.beta = tied(layer.bias, nn.Parameter(new_beta, layer.bias.requires_grad))
     return _take_over_state(psbn, layer)
 

@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from psbn_mmdet.checkpoints import CheckpointError, convert_checkpoint, read_content, write_content
+from psbn_mmdet.collapse import Structure
 from psbn_mmdet.layers import PostShiftedBatchNorm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,11 +179,11 @@ def test_what_is_revived_and_what_is_left_alone_is_told():
         norm.weight.data[1:3], norm.bias.data[1:3] = 0, -0.01
     content = {f'module.{key}': value for key, value in model.state_dict().items()}
     converted, done = convert_checkpoint(
-        content, 'psbn', revive='collapsed', rectifiers={'0': 'relu', '2': 'other'}
+        content, 'psbn', structure=Structure({'0': 'relu', '2': 'other'}, {}, {})
     )
     assert done.opened == {'module.0': [1, 2]}
     assert done.left == {'module.1': 'no gamma'}
-    assert converted['module.0.beta'].tolist() == pytest.approx([-0.1, -0.01, -0.01, -0.1])
+    assert converted['module.0.beta'].tolist() == pytest.approx([-0.1, -0.08, -0.08, -0.1])
     assert converted['module.2.beta'].tolist() == pytest.approx([-0.1, -0.11, -0.11, -0.1])
 
 

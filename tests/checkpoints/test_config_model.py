@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from psbn_mmdet.checkpoints import CheckpointError, rectifiers_of_config
+from psbn_mmdet.checkpoints import CheckpointError, structure_of_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/psbn'
 
@@ -23,25 +23,28 @@ def test_the_layers_of_a_detector(detector):
         )
     names = ['backbone.bn1', 'backbone.layer2.1.bn2', 'backbone.layer2.1.bn3', 'not.there']
     names += ['neck.fpn_convs.0.bn', 'roi_head.bbox_head.shared_convs.3.bn']
-    found = rectifiers_of_config(cfg, names)
-    assert found == {
+    found = structure_of_config(cfg, names)
+    of = found.rectifiers
+    assert {name: of[name] for name in names if name in of} == {
         'backbone.bn1': 'relu',
         'backbone.layer2.1.bn2': 'relu',
         'backbone.layer2.1.bn3': 'other',
         'neck.fpn_convs.0.bn': 'other',
         **({names[-1]: 'relu'} if detector == 'faster-rcnn' else {}),
     }
+    assert found.producers['backbone.layer2.1.bn2'] == 'backbone.layer2.1.conv2'
+    assert found.consumers['backbone.layer2.1.bn2'] == ['backbone.layer2.1.conv3']
 
 
 def test_a_checkpoint_of_the_backbone_alone():
     cfg = Config.fromfile(CONFIGS / 'retinanet_r50_fpn_psbn_1x_coco.py')
-    assert rectifiers_of_config(cfg, ['bn1', 'layer1.0.bn3', 'fc']) == {
-        'bn1': 'relu',
-        'layer1.0.bn3': 'other',
-    }
+    found = structure_of_config(cfg, ['bn1', 'layer1.0.bn3', 'fc'])
+    assert found.rectifiers['bn1'] == 'relu'
+    assert found.rectifiers['layer1.0.bn3'] == 'other'
+    assert found.producers['layer1.0.bn2'] == 'layer1.0.conv2'
 
 
 def test_another_models_config_is_named():
     cfg = Config.fromfile(CONFIGS / 'retinanet_r50_fpn_psbn_1x_coco.py')
     with pytest.raises(CheckpointError, match=r'retinanet_r50.* no BN layer named .* features\.1'):
-        rectifiers_of_config(cfg, ['features.1'])
+        structure_of_config(cfg, ['features.1'])

@@ -262,7 +262,7 @@ def test_the_audit_tells_it_before_any_training(demo):
     result = audit(demo, 'bn.pth', '--config', 'train.py')
     assert result.returncode == 0, result.stderr
     shown = result.stdout
-    assert 'weight decay 0.0005' in shown and '│ RecoveryHook ' in shown
+    assert 'weight decay 0.01' in shown and '│ RecoveryHook ' in shown
     # 16 epochs of 8 images, 4 at a time.
     assert 'Forecast: of 6 closed filters RecoveryHook(steps=4) opens 6 by iteration 32' in shown
     told = json.loads(audit(demo, 'bn.pth', '--config', 'train.py', '--format', 'json').stdout)

@@ -205,59 +205,7 @@ def test_of_a_mixed_state_dict_each_direction_converts_its_own_kind():
     assert find_norm_states(psbn_to_bn(state_dict)) == kinds | {'1': 'BN'}
 
 
-# Revival: channel 0 is collapsed, 1 dead with a gamma, 2 vanished but alive, 3 far below, 4 well.
-GAMMA = [0.0, 0.01, 0.0, 0.01, 1.0]
-BIAS = [0.0, -0.05, 0.2, -5.0, 0.1]
-OPENED = [0, 1, 3]
-
-
-def half_collapsed() -> nn.Sequential:
-    model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), nn.BatchNorm2d(5))
-    for norm in (model[0], model[2]):
-        norm.weight.data, norm.bias.data = torch.tensor(GAMMA), torch.tensor(BIAS)
-    return model.eval()
-
-
-@pytest.mark.parametrize('of', ['module', 'state dict'])
-def test_reviving_leaves_the_shift_in_where_nothing_passes(of):
-    model = half_collapsed()
-    if of == 'module':
-        psbn = bn_to_psbn(copy.deepcopy(model), revive='collapsed')
-    else:
-        psbn = bn_to_psbn(half_collapsed())
-        psbn.load_state_dict(bn_to_psbn(model.state_dict(), revive='collapsed'))
-    for old, new in ((model[0], psbn[0]), (model[2], psbn[2])):
-        rise = (new.bias - old.bias).detach()
-        assert torch.allclose(rise[OPENED], torch.full((3,), 0.1))
-        assert torch.allclose(rise[[2, 4]], torch.zeros(2), atol=1e-7)
-
-
-def test_closed_is_what_opens_only_beyond_three_standard_deviations():
-    norm = nn.BatchNorm2d(6)
-    norm.weight.data = torch.tensor([0.25, -0.25, 0.25, -0.25, 0.25, 0.25])
-    norm.bias.data = torch.tensor([-0.75, -0.75, -0.74, -0.74, -0.9, -0.6])
-    rise = bn_to_psbn(copy.deepcopy(norm), revive='collapsed').bias - norm.bias
-    assert (rise > 0.05).tolist() == [True, True, False, False, True, False]
-
-
-def test_revived_filters_get_gradient_from_the_first_step_on():
-    for revive, trained in (('none', [2, 4]), ('collapsed', [0, 1, 2, 4])):
-        model = bn_to_psbn(half_collapsed(), revive=revive)
-        model[:2](torch.randn(8, 5, 6, 6)).sum().backward()
-        # Channel 3 lies deeper than the shift reaches.
-        assert model[0].beta.grad.nonzero().flatten().tolist() == trained, revive
-
-
-def test_with_what_follows_only_layers_before_a_rectifier_are_revived():
-    model = half_collapsed()
-    psbn = bn_to_psbn(copy.deepcopy(model), revive='collapsed', rectifiers={'0': 'relu'})
-    assert (psbn[0].bias - model[0].bias)[OPENED].detach().allclose(torch.full((3,), 0.1))
-    assert psbn[2].bias.allclose(model[2].bias)
-
-
 def test_a_wrong_option_is_named():
-    with pytest.raises(ValueError, match="none, collapsed, got 'all'"):
-        bn_to_psbn(half_collapsed(), revive='all')
     with pytest.raises(ValueError, match='finite number > 0, got -1'):
         bn_to_psbn({}, shift=-1)
 
@@ -384,16 +332,6 @@ def test_what_is_tied_stays_tied(as_state_dict):
     assert is_tied(there, 'beta') and is_tied(there, 'weight')
     back = psbn_to_bn(there)
     assert is_tied(back, 'bias') and is_tied(back, 'weight')
-
-
-def test_tied_biases_that_are_revived_in_one_layer_only_part():
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
-    model[0].bias.data.fill_(-1)
-    model[1].bias = model[0].bias
-    model[0].weight.data.fill_(0.01)
-    bn_to_psbn(model, revive='collapsed')
-    assert model[0].bias.tolist() == pytest.approx([-0.9] * 2)
-    assert model[1].bias.tolist() == pytest.approx([-1] * 2)
 
 
 @pytest.mark.parametrize('entry', ['weight', 'beta'])
