@@ -6,10 +6,10 @@ import importlib.util
 import logging
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from mmengine.config import Config
@@ -18,24 +18,40 @@ from mmengine.device import get_device
 from .preflight import PreflightError, load_config, one_line
 
 
-def run_script(name: str, check: Callable[[Namespace, Config], None]) -> None:
+def run_script(
+    name: str, check: Callable[[Namespace, Config], None], own: ArgumentParser | None = None
+) -> None:
     """Run a script of the installed MMDetection, once the config has passed a check.
 
     Where something must be mended first, the process ends with exit code 1 and its one sentence.
 
     Args:
         name (str): File name of the script, e.g. ``train.py``.
-        check (Callable): Called with the script's parsed options and the loaded config.
+        check (Callable): Called with the parsed options and the loaded config, which it may
+            change: the script is given what it leaves.
+        own (ArgumentParser, optional): Of options beyond the script's, made without ``--help``.
+            Defaults to None.
     """
     # Read before the script parses its options, which sets LOCAL_RANK to 0 where it is missing.
     local_rank = os.getenv('LOCAL_RANK') or os.getenv('SLURM_LOCALID') or '0'
     try:
         script = _load_script(name)
-        args = script.parse_args()
-        check(args, load_config(args.config, args.cfg_options))
+        args = Namespace()
+        if own is not None:
+            args, rest = own.parse_known_args()
+            sys.argv[1:] = rest
+            if {'-h', '--help'} & set(rest):
+                print(own.format_help())
+        vars(args).update(vars(script.parse_args()))
+        cfg = load_config(args.config, args.cfg_options)
+        check(args, cfg)
     except PreflightError as error:
         # Once on each machine, since a file may be missing on one of them only.
         sys.exit(f'error: {error}' if local_rank == '0' else 1)
+    # The script reads the file again, and merges the options, which could undo a change.
+    script.Config = SimpleNamespace(fromfile=lambda path: cfg)  # type: ignore[attr-defined]
+    args.cfg_options = None
+    script.parse_args = lambda: args  # type: ignore[attr-defined]
     if args.launcher != 'pytorch' or get_device() != 'cpu':
         script.main()
         return

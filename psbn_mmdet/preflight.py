@@ -6,11 +6,14 @@ Each raises :class:`PreflightError` with one sentence that names the value and t
 
 from __future__ import annotations
 
+import difflib
+import glob
+import importlib.util
 import os
 import urllib.request
 from collections.abc import Iterable, Iterator
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
@@ -49,7 +52,8 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Load a config file as MMDetection's scripts do.
 
     Args:
-        path (str): The config file.
+        path (str): The config file; or one that an installed package brings, such as
+            ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``, or its bare name in MMDetection.
         options (dict, optional): What ``--cfg-options`` gave. Defaults to None.
 
     Returns:
@@ -58,10 +62,8 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     Raises:
         PreflightError: If the file, one of its bases or one of its imports cannot be read.
     """
-    if not os.path.isfile(path):
-        raise PreflightError(f'config file {_shown(path)} does not exist: check the path')
     try:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(_config_file(path))
     except (OSError, SyntaxError, ImportError) as error:
         raise PreflightError(
             f'config file {path} cannot be loaded: correct it or what it imports '
@@ -69,6 +71,37 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         ) from error
     cfg.merge_from_dict(options or {})
     return cfg
+
+
+def _config_file(path: str) -> str:
+    """The file that a path or a name of the zoo means."""
+    package, is_of_package, inside = path.rpartition('::')
+    if os.path.isfile(path):
+        return path
+    if not is_of_package and ('/' in path or os.sep in path):
+        raise PreflightError(f'config file {_shown(path)} does not exist: check the path')
+    package = package or 'mmdet'
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise PreflightError(f'config {path}: there is no package {package}: install it')
+    root = Path(next(iter(spec.submodule_search_locations)))
+    # A development install has links in `.mim`, a bare checkout the folder beside the package.
+    folders = [f for f in (root / '.mim/configs', root.parent / 'configs') if f.is_dir()]
+    names = [inside, f'{inside}.py']
+    for folder in folders:
+        if is_of_package:
+            found = [folder / name for name in names if (folder / name).is_file()]
+        else:
+            found = [p for name in names for p in sorted(folder.rglob(glob.escape(name)))]
+        if found:
+            return str(found[0])
+    known = {p.stem: p for folder in folders for p in folder.rglob('*.py') if p.stem[:1] != '_'}
+    stem = PurePosixPath(inside).name.removesuffix('.py')
+    near = difflib.get_close_matches(stem, known, 1)
+    raise PreflightError(
+        f'config file {_shown(path)} does not exist, and {package} has none of that name: check '
+        'the path' + (f', or did you mean {near[0]}?' if near else '')
+    )
 
 
 def check_train_config(cfg: Config) -> None:
@@ -86,8 +119,8 @@ def check_train_config(cfg: Config) -> None:
     _check_model(cfg)
     for stage in ('train', 'val'):
         _check_data(cfg, stage)
-    for path, init_cfg in _dicts(cfg.get('model'), 'model'):
-        is_pretrained = _type_name(init_cfg) in ('Pretrained', 'PretrainedInit')
+    for path, init_cfg in dicts(cfg.get('model'), 'model'):
+        is_pretrained = type_name(init_cfg) in ('Pretrained', 'PretrainedInit')
         if is_pretrained and isinstance(init_cfg.get('checkpoint'), str):
             mend = f'set {path}.checkpoint to a local file, or {path}=None for random weights'
             _check_weights(cfg, init_cfg['checkpoint'], f'{path}.checkpoint', mend)
@@ -134,7 +167,7 @@ def _check_model(cfg: Config) -> None:
             f'efficient_conv_bn_eval={cfg.efficient_conv_bn_eval!r} traces the model with '
             'torch.fx, which cannot trace psBN: remove efficient_conv_bn_eval'
         )
-    for path, init_cfg in _dicts(cfg.model, 'model'):
+    for path, init_cfg in dicts(cfg.model, 'model'):
         owner, is_init_cfg, _ = path.rpartition('.init_cfg')
         if is_init_cfg and any(psbn_path.startswith(owner + '.') for psbn_path, _ in psbn_cfgs):
             _check_init_cfg(path, init_cfg)
@@ -156,7 +189,7 @@ def _check_data(cfg: Config, stage: str) -> None:
     if isinstance(loader, dict):
         for path, dataset in _datasets(loader.get('dataset'), f'{stage}_dataloader.dataset'):
             _check_dataset(path, dataset)
-    for path, metric in _dicts(cfg.get(f'{stage}_evaluator'), f'{stage}_evaluator'):
+    for path, metric in dicts(cfg.get(f'{stage}_evaluator'), f'{stage}_evaluator'):
         if not _is_remote(metric):
             _check_file(metric.get('ann_file'), f'{path}.ann_file')
 
@@ -211,7 +244,7 @@ def _check_folder(folder: str, setting: str, mend: str) -> None:
 
 def _is_remote(cfg: dict) -> bool:
     """Whether files are read by another backend than that of the local disk."""
-    for _, part in _dicts(cfg, ''):
+    for _, part in dicts(cfg, ''):
         backend_args = part.get('backend_args')
         if isinstance(backend_args, dict) and backend_args.get('backend') not in ('local', 'disk'):
             return True
@@ -289,18 +322,19 @@ def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
 
 
 def _psbn_cfgs(cfg: Config) -> Iterator[tuple[str, dict]]:
-    for path, part in _dicts(cfg.get('model'), 'model'):
-        if _type_name(part) in _PSBN_TYPES:
+    for path, part in dicts(cfg.get('model'), 'model'):
+        by_switch = type_name(part) == 'SwitchNorms' and part.get('norm') == 'psBN'
+        if by_switch or type_name(part) in _PSBN_TYPES:
             yield path, part
 
 
-def _type_name(cfg: dict) -> str:
+def type_name(cfg: dict) -> str:
     """``type`` without the scope; it may be given as a class."""
     kind = cfg.get('type')
     return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
-def _dicts(value: Any, path: str) -> Iterator[tuple[str, dict]]:
+def dicts(value: Any, path: str) -> Iterator[tuple[str, dict]]:
     """Every dict in ``value`` with its path, in the notation of ``--cfg-options``."""
     children: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
@@ -309,7 +343,7 @@ def _dicts(value: Any, path: str) -> Iterator[tuple[str, dict]]:
     elif isinstance(value, (list, tuple)):
         children = enumerate(value)
     for key, child in children:
-        yield from _dicts(child, f'{path}.{key}')
+        yield from dicts(child, f'{path}.{key}')
 
 
 def _shown(path: str) -> str:

@@ -1,8 +1,11 @@
 """Train a detector with MMDetection's own script, after checks that stop early.
 
-The options are those of MMDetection's tools/train.py.
+The options are those of MMDetection's tools/train.py, and a switch that brings psBN to any config:
+
+    python tools/train.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --norm psBN
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
+    from psbn_mmdet import norm_switch
     from psbn_mmdet.launch import run_script
     from psbn_mmdet.preflight import check_train_config
 except ImportError as error:
@@ -28,8 +32,13 @@ def check(args, cfg):
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    lines = norm_switch.apply_options(args, cfg)
     check_train_config(cfg)
+    if lines and os.environ.get('RANK', '0') == '0':
+        print('\n'.join(lines))
 
 
 if __name__ == '__main__':
-    run_script('train.py', check)
+    own = argparse.ArgumentParser('train.py', add_help=False, allow_abbrev=False)
+    norm_switch.add_options(own)
+    run_script('train.py', check, own)

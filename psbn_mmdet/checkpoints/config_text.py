@@ -6,8 +6,8 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_TO_PSBN = {name: f'ps{name}' for name in ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN')}
-_TO_BN = {psbn: bn for bn, psbn in _TO_PSBN.items()}
+TO_PSBN = {name: f'ps{name}' for name in ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN')}
+TO_BN = {psbn: bn for bn, psbn in TO_PSBN.items()}
 _PACKAGE = 'psbn_mmdet'
 _HOOKS = ('CollapseHook', 'RecoveryHook')
 _IMPORT = f"custom_imports = dict(imports=['{_PACKAGE}'], allow_failed_imports=False)"
@@ -20,7 +20,7 @@ def config_to_psbn(text: str, shift: float) -> str:
         SyntaxError: If the text is no Python.
     """
     tree = ast.parse(text)
-    if not _replace_types(tree, _TO_PSBN, shift):
+    if not _replace_types(tree, TO_PSBN, shift):
         return text
     imports = _value(_assigned(tree, 'custom_imports'), 'imports')
     if imports is None:
@@ -37,7 +37,8 @@ def config_to_bn(text: str) -> str:
         SyntaxError: If the text is no Python.
     """
     tree = ast.parse(text)
-    if not _replace_types(tree, _TO_BN, None):
+    switched = _undo_switch(tree)
+    if not _replace_types(tree, TO_BN, None) and not switched:
         return text
     imports = _value(_assigned(tree, 'custom_imports'), 'imports')
     if isinstance(imports, ast.List):
@@ -69,6 +70,26 @@ def _replace_types(tree: ast.AST, new_of_old: Mapping[str, str], shift: float | 
             items = [(k, v) for k, v in zip(node.keys, node.values) if _constant(k) != 'shift']
             if shift not in (None, 0.1):
                 items.append((ast.Constant('shift'), ast.Constant(shift)))
+            node.keys, node.values = [k for k, _ in items], [v for _, v in items]
+    return changed
+
+
+def _undo_switch(tree: ast.AST) -> bool:
+    """Give models that ``--norm psBN`` has switched their own type again; whether there were any."""
+    changed = False
+    for node in ast.walk(tree):
+        kind, own = _value(node, 'type'), _value(node, 'model_type')
+        if not isinstance(kind, ast.Constant) or kind.value != 'SwitchNorms' or own is None:
+            continue
+        if _constant(_value(node, 'norm')) == 'BN':
+            continue
+        changed = True
+        kind.value = _constant(own)
+        extra = ('model_type', 'norm', 'norm_scope')
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg not in extra]
+        elif isinstance(node, ast.Dict):
+            items = [(k, v) for k, v in zip(node.keys, node.values) if _constant(k) not in extra]
             node.keys, node.values = [k for k, _ in items], [v for _, v in items]
     return changed
 

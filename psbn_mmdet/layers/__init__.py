@@ -11,6 +11,7 @@ from .psbn import (
     rectifier_closed,
 )
 from .state_dict import entry_key, find_norm_states
+from .switch import switch_norms
 
 __all__ = [
     'RECTIFIERS',
@@ -26,4 +27,5 @@ __all__ = [
     'find_norm_states',
     'psbn_to_bn',
     'rectifier_closed',
+    'switch_norms',
 ]

@@ -54,3 +54,13 @@ def test_nothing_in_the_text_runs(tmp_path):
     text = f"open({str(tmp_path / 'touched')!r}, 'w')\nnorm_cfg = dict(type='BN')"
     assert 'psBN' in config_to_psbn(text, 0.1)
     assert not (tmp_path / 'touched').exists()
+
+
+def test_what_the_switch_wrote_is_taken_back():
+    text = """
+model = dict(type='SwitchNorms', model_type='YOLOV3', norm='psBN', neck=dict(type='YOLOV3Neck'))
+other = {'type': 'SwitchNorms', 'model_type': 'A', 'norm': 'psBN', 'norm_scope': 'neck', 'a-b': 1}
+"""
+    back = loaded(config_to_bn(text))
+    assert back['model'] == dict(type='YOLOV3', neck=dict(type='YOLOV3Neck'))
+    assert back['other'] == {'type': 'A', 'a-b': 1}

@@ -1,0 +1,178 @@
+"""The switch of tools/train.py: any config of MMDetection with psBN, or back, or only watched."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from .checkpoints.config_text import TO_BN, TO_PSBN
+from .layers.switch import NORMS, in_scope, kinds_of_norms, switch_norms
+from .preflight import PreflightError, dicts, type_name
+
+SWITCHED = 'SwitchNorms'
+# A norm_cfg may give a class in place of its name; mmcv's SyncBN has no counterpart of its own.
+_CLASSES = {
+    'BatchNorm1d': 'BN1d',
+    'BatchNorm2d': 'BN',
+    'BatchNorm3d': 'BN3d',
+    'SyncBatchNorm': 'SyncBN',
+    'MMSyncBN': 'SyncBN',
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the switch's options to a parser."""
+    parser.add_argument(
+        '--norm',
+        choices=NORMS,
+        help='train with psBN in place of every BN, with recovery and counting; BN takes it back',
+    )
+    parser.add_argument(
+        '--norm-scope', metavar='PART', help='replace it in this part alone, such as backbone'
+    )
+    parser.add_argument(
+        '--watch-collapse', action='store_true', help='count collapsed filters, whatever the norm'
+    )
+
+
+def apply_options(args: argparse.Namespace, cfg: Config) -> list[str]:
+    """Change a config as the switch's options say.
+
+    Args:
+        args (argparse.Namespace): With ``norm``, ``norm_scope`` and ``watch_collapse``.
+        cfg (Config): The config, changed in place so that it says all that was done.
+
+    Returns:
+        list[str]: What was changed, part by part, and what was left and why.
+
+    Raises:
+        PreflightError: If there is nothing to replace.
+    """
+    if args.norm_scope and not args.norm:
+        raise PreflightError('--norm-scope is for --norm: add --norm psBN or leave it out')
+    lines: list[str] = []
+    if args.norm:
+        lines = _switch(cfg, args.norm, args.norm_scope)
+    if args.norm == 'psBN' or args.watch_collapse:
+        _import_package(cfg)
+        _add_hook(cfg, 'CollapseHook')
+    if args.norm == 'psBN':
+        _add_hook(cfg, 'RecoveryHook')
+    elif args.norm == 'BN' and 'psBN' not in {kind for _, kind, _ in kinds_of_norms(_built(cfg))}:
+        # It refuses models without psBN.
+        hooks = cfg.get('custom_hooks') or []
+        cfg.custom_hooks = [hook for hook in hooks if type_name(hook) != 'RecoveryHook']
+    return lines
+
+
+def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
+    before = {name: (kind, trained) for name, kind, trained in kinds_of_norms(_built(cfg))}
+    other = 'BN' if norm == 'psBN' else 'psBN'
+    inside = {name: kind for name, (kind, _) in before.items() if in_scope(name, scope)}
+    if other not in inside.values():
+        found = Counter(inside.values())
+        has = ', '.join(f'{n} {kind}' for kind, n in found.items()) or 'no norm at all'
+        where = f'in {scope} ' if scope else ''
+        mend = 'leave out --norm'
+        if scope and not inside:
+            mend = f'give one of {", ".join(_parts(before))} to --norm-scope'
+        raise PreflightError(
+            f'--norm {norm}: there is no {other} {where}to replace (the model has {has}): {mend}'
+        )
+    _edit(cfg.model, norm, scope)
+    by_config = {name: kind for name, kind, _ in kinds_of_norms(_built(cfg))}
+    model = _built(cfg)
+    left = switch_norms(model, norm, scope)
+    after = {name: kind for name, kind, _ in kinds_of_norms(model)}
+    if after != by_config:
+        cfg.model = ConfigDict(
+            type=SWITCHED,
+            model_type=cfg.model.type,
+            norm=norm,
+            **({'norm_scope': scope} if scope else {}),
+            **{key: value for key, value in cfg.model.items() if key != 'type'},
+        )
+    return list(_told(norm, scope, before, by_config, after, left))
+
+
+def _told(
+    norm: str,
+    scope: str | None,
+    before: dict[str, tuple[str, bool]],
+    by_config: dict[str, str],
+    after: dict[str, str],
+    left: dict[str, str],
+) -> Iterator[str]:
+    """What was changed, part by part, and what was left and why."""
+    other = 'BN' if norm == 'psBN' else 'psBN'
+    yield f'--norm {norm}' + (f' --norm-scope {scope}' if scope else '') + ':'
+    for part in _parts(before):
+        mine = [n for n in before if n.split('.')[0] == part]
+        changed = [n for n in mine if before[n][0] == other and after.get(n) == norm]
+        by_cfg = sum(by_config.get(name) == norm for name in changed)
+        if changed:
+            ways = [f'{by_cfg} by norm_cfg'] if by_cfg else []
+            if len(changed) > by_cfg:
+                ways.append(f'{len(changed) - by_cfg} that the classes write out')
+            frozen = sum(not before[name][1] for name in changed)
+            note = f'; {frozen} of them are frozen, so nothing opens there' if frozen else ''
+            yield f'  {part}: {len(changed)} {other} -> {norm}, {" and ".join(ways)}{note}'
+        kept = Counter(
+            left.get(n) or ('outside the scope' if not in_scope(n, scope) else before[n][0])
+            for n in mine
+            if n not in changed and (before[n][0] == other)
+        )
+        for why, count in kept.items():
+            yield f'  {part}: {count} {other} left ({why})'
+    others = Counter(kind for kind, _ in before.values() if kind not in ('BN', 'psBN'))
+    if others:
+        yield '  no BN: ' + ', '.join(f'{count} {kind}' for kind, count in others.items())
+
+
+def _parts(names: dict) -> list[str]:
+    return list(dict.fromkeys(name.split('.')[0] for name in names))
+
+
+def _built(cfg: Config) -> nn.Module:
+    """A config's model with random weights, on the CPU; the config is not changed."""
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
+        return MODELS.build(copy.deepcopy(cfg.model))
+
+
+def _edit(model: ConfigDict, norm: str, scope: str | None) -> None:
+    """Replace the types of norms, and what an earlier switch has written."""
+    if model.get('type') == SWITCHED and model.norm != norm:
+        model.type = model.model_type
+        for key in ('model_type', 'norm', 'norm_scope'):
+            model.pop(key, None)
+    new_of_old = TO_PSBN if norm == 'psBN' else TO_BN
+    for path, part in dicts(model, ''):
+        if in_scope(path.lstrip('.'), scope):
+            name = type_name(part)
+            new = new_of_old.get(_CLASSES.get(name, name))
+            if new is not None:
+                part['type'] = new
+                if norm == 'BN':
+                    part.pop('shift', None)
+
+
+def _import_package(cfg: Config) -> None:
+    given = cfg.get('custom_imports') or {}
+    imports = given.get('imports') or []
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    if __package__ not in imports:
+        settings: dict[str, Any] = {'allow_failed_imports': False, **given}
+        cfg.custom_imports = {**settings, 'imports': [*imports, __package__]}
+
+
+def _add_hook(cfg: Config, kind: str) -> None:
+    hooks = list(cfg.get('custom_hooks') or [])
+    if kind not in map(type_name, hooks):
+        cfg.custom_hooks = [*hooks, dict(type=kind)]

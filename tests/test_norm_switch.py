@@ -1,0 +1,305 @@
+"""The switch: every BN of MMDetection's own configs reached, and the config that says it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import psbn_mmdet  # noqa: F401
+from psbn_mmdet.checkpoints import read_weights
+from psbn_mmdet.layers import (
+    PostShiftedBatchNorm,
+    PostShiftedSyncBatchNorm,
+    find_norm_states,
+    switch_norms,
+)
+from psbn_mmdet.norm_switch import apply_options
+from psbn_mmdet.preflight import PreflightError, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+# By architecture: a config, and what of it is not by norm_cfg.
+FAMILIES = {
+    'faster-rcnn_r50_fpn_1x_coco': False,
+    'mask-rcnn_r50_fpn_1x_coco': False,
+    'cascade-rcnn_r50_fpn_1x_coco': False,
+    'retinanet_r50_fpn_1x_coco': False,
+    'fcos_r50-caffe_fpn_gn-head_1x_coco': False,
+    'atss_r50_fpn_1x_coco': False,
+    'yolox_tiny_8xb8-300e_coco': False,
+    'yolov3_mobilenetv2_8xb24-320-300e_coco': True,
+    'yolov3_d53_8xb8-320-273e_coco': True,
+    'rtmdet_tiny_8xb32-300e_coco': False,
+    'ssdlite_mobilenetv2-scratch_8xb24-600e_coco': False,
+    'detr_r50_8xb2-150e_coco': False,
+    'dino-4scale_r50_8xb2-12e_coco': False,
+    'centernet_r18_8xb16-crop512-140e_coco': True,
+    'cornernet_hourglass104_8xb6-210e-mstest_coco': True,
+    'fcos_hrnetv2p-w18-gn-head_4xb4-1x_coco': True,
+    'solov2-light_r18_fpn_ms-3x_coco': True,
+    'yolof_r50-c5_8xb8-1x_coco': True,
+    'soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco': False,
+}
+
+
+def options(norm: str | None = 'psBN', scope: str | None = None, watch: bool = False):
+    return argparse.Namespace(norm=norm, norm_scope=scope, watch_collapse=watch)
+
+
+def build(cfg: Config) -> nn.Module:
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(copy.deepcopy(cfg.model))
+
+
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_every_bn_of_a_family_is_psbn_and_computes_the_same(name):
+    cfg = load_config(name)
+    twin = build(cfg).eval()
+    lines = apply_options(options(), cfg)
+    told = sum(int(line.split()[1]) for line in lines if ' -> ' in line)
+    assert told == len(norms(twin))
+    assert (cfg.model.type == 'SwitchNorms') == FAMILIES[name]
+    model = build(Config(dict(model=Config.fromstring(cfg.pretty_text, '.py').model))).eval()
+    found = norms(model)
+    assert found.keys() == norms(twin).keys()
+    for key, old in norms(twin).items():
+        new = found[key]
+        assert isinstance(new, PostShiftedBatchNorm), key
+        assert (new.eps, new.momentum, new.training) == (old.eps, old.momentum, old.training)
+        assert new.beta.requires_grad == old.bias.requires_grad
+        assert new.beta.any().item() is False, 'it starts at the shift'
+        torch.nn.init.uniform_(old.weight)
+        torch.nn.init.normal_(old.bias)
+    result = model.load_state_dict(twin.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) <= {f'{key}.shift' for key in found}
+    backbone, other = (getattr(m, 'backbone', None) or m.student.backbone for m in (model, twin))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for ours, theirs in zip(backbone(image), other(image)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    kinds = [hook['type'] for hook in cfg.custom_hooks]
+    assert kinds[-2:] == ['CollapseHook', 'RecoveryHook']
+    assert kinds[:-2] == [hook['type'] for hook in load_config(name).get('custom_hooks') or []]
+
+
+def test_the_switch_goes_back():
+    name = 'yolov3_mobilenetv2_8xb24-320-300e_coco'
+    cfg = load_config(name)
+    before = build(cfg)
+    apply_options(options(), cfg)
+    lines = apply_options(options('BN'), cfg)
+    assert any('psBN -> BN' in line for line in lines)
+    after = build(cfg)
+    assert {n: type(m) for n, m in norms(before).items()} == {
+        n: type(m) for n, m in norms(after).items()
+    }
+    assert not any(m.bias.any() for m in norms(after).values())
+    assert cfg.model.type == 'YOLOV3'
+    assert 'RecoveryHook' not in [hook['type'] for hook in cfg.custom_hooks]
+
+
+def test_a_scope_is_kept_to():
+    cfg = load_config('yolof_r50-c5_8xb8-1x_coco')
+    lines = apply_options(options(scope='neck'), cfg)
+    assert '  neck: 14 BN -> psBN, 14 that the classes write out' in lines
+    assert '  backbone: 53 BN left (outside the scope)' in lines
+    found = norms(build(cfg))
+    assert {n.split('.')[0] for n, m in found.items() if isinstance(m, PostShiftedBatchNorm)} == {
+        'neck'
+    }
+
+
+def test_watching_leaves_the_model_as_it_is():
+    cfg = load_config('retinanet_r50_fpn_1x_coco')
+    model = copy.deepcopy(cfg.model)
+    assert apply_options(options(None, watch=True), cfg) == []
+    assert cfg.model == model
+    assert [hook['type'] for hook in cfg.custom_hooks] == ['CollapseHook']
+    assert cfg.custom_imports['imports'] == ['psbn_mmdet']
+
+
+def test_hooks_and_imports_that_are_there_are_kept():
+    cfg = load_config('rtmdet_tiny_8xb32-300e_coco')
+    kinds = [hook['type'] for hook in cfg.custom_hooks]
+    assert 'EMAHook' in kinds
+    cfg.custom_imports = dict(imports='mmdet.models', allow_failed_imports=True)
+    cfg.custom_hooks.append(dict(type='CollapseHook', interval=7))
+    apply_options(options(), cfg)
+    assert [h['type'] for h in cfg.custom_hooks] == [*kinds, 'CollapseHook', 'RecoveryHook']
+    assert cfg.custom_hooks[-2].interval == 7
+    assert cfg.custom_imports == dict(
+        imports=['mmdet.models', 'psbn_mmdet'], allow_failed_imports=True
+    )
+
+
+@pytest.mark.parametrize(
+    ('name', 'chosen', 'words'),
+    [
+        ('retinanet_r50_fpn_1x_coco', options('BN'), 'there is no psBN to replace'),
+        ('retinanet_swin-t-p4-w7_fpn_1x_coco', options(), 'there is no BN to replace'),
+        ('retinanet_r50_fpn_1x_coco', options(scope='neck'), 'give one of backbone'),
+        ('retinanet_r50_fpn_1x_coco', options(None, 'neck'), '--norm-scope is for --norm'),
+    ],
+)
+def test_what_has_nothing_to_replace_is_told_so(name, chosen, words):
+    with pytest.raises(PreflightError, match=words):
+        apply_options(chosen, load_config(name))
+
+
+def test_what_is_sync_stays_so_and_what_is_no_bn_of_torch_is_left():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(
+        nn.SyncBatchNorm(2), Own(2), nn.BatchNorm2d(2, affine=False), nn.GroupNorm(1, 2)
+    )
+    left = switch_norms(model, 'psBN')
+    assert type(model[0]) is PostShiftedSyncBatchNorm
+    assert set(left) == {'1', '2'} and 'Own is a class of its own' in left['1']
+    assert left['2'] == 'without gamma or bias'
+
+
+def test_mmcvs_sync_bn_becomes_pssyncbn(tmp_path):
+    from mmcv.ops import SyncBatchNorm
+
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1
+    )
+    try:
+        layer = SyncBatchNorm(4, eps=1e-3, momentum=0.2)
+    finally:
+        torch.distributed.destroy_process_group()
+    model = nn.Sequential(layer)
+    switch_norms(model, 'psBN')
+    assert type(model[0]) is PostShiftedSyncBatchNorm
+    assert (model[0].eps, model[0].momentum) == (1e-3, 0.2)
+    assert model[0].weight is layer.weight
+
+
+def test_norms_that_have_loaded_weights_keep_their_function():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    nn.init.normal_(model[0].bias)
+    x = torch.randn(4, 3, 5, 5)
+    before = model(x)
+    switch_norms(model, 'psBN')
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_layer_that_stands_twice_is_one_layer():
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(nn.Sequential(norm), norm)
+    switch_norms(model, 'psBN')
+    assert model[0][0] is model[1] and isinstance(model[1], PostShiftedBatchNorm)
+
+
+# As a user runs it
+
+
+def losses(work_dir: Path) -> list[float]:
+    (log,) = work_dir.glob('*/vis_data/scalars.json')
+    lines = map(json.loads, log.read_text().splitlines())
+    return [line['loss'] for line in lines if 'loss' in line]
+
+
+def test_training_from_the_dump_without_the_switch_is_the_same(coco_root, tmp_path):
+    """By MMDetection's own script, of a model whose norms the config does not say."""
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='Resize', scale=(96, 96), keep_ratio=True),
+        dict(type='PackDetInputs'),
+    ]
+    dataset = dict(
+        _delete_=True,
+        type='CocoDataset',
+        data_root=f'{coco_root}/',
+        ann_file='annotations/train.json',
+        data_prefix=dict(img='train/'),
+        metainfo=dict(classes=('disc', 'square', 'triangle', 'cross')),
+        pipeline=pipeline,
+    )
+    (tmp_path / 'own.py').write_text(
+        f"""_base_ = 'mmdet::yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py'
+model = dict(backbone=dict(init_cfg=None), bbox_head=dict(num_classes=4))
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset={dataset})
+val_dataloader = None
+val_evaluator = None
+val_cfg = None
+test_dataloader = None
+test_evaluator = None
+test_cfg = None
+train_cfg = dict(type='IterBasedTrainLoop', _delete_=True, max_iters=5)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False))
+custom_hooks = [dict(type='EMAHook')]
+randomness = dict(seed=0, deterministic=True)
+log_processor = dict(by_epoch=False, window_size=1)
+"""
+    )
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    theirs = Path(mmdet.__file__).parent / '.mim/tools/train.py'
+    told = ''
+    for script, config, work_dir, *switch in (
+        (ROOT / 'tools/train.py', 'own.py', 'first', '--norm', 'psBN'),
+        (theirs, 'first/own.py', 'second'),
+    ):
+        result = subprocess.run(
+            [sys.executable, script, config, '--work-dir', work_dir, *switch],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        told = told or result.stdout
+    assert '  backbone: 52 BN -> psBN, 52 that the classes write out' in told
+    first, second = losses(tmp_path / 'first'), losses(tmp_path / 'second')
+    assert len(first) == 5 and first == second
+    for work_dir in ('first', 'second'):
+        assert list((tmp_path / work_dir).glob('*/snapshots/iter_5.npy')), 'CollapseHook is there'
+    found = find_norm_states(read_weights(tmp_path / 'second/iter_5.pth').state_dict)
+    assert set(found.values()) == {'psBN'}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        'retinanet_r50_fpn_1x_coco',
+        'retinanet_r50_fpn_1x_coco.py',
+    ],
+)
+def test_configs_of_the_zoo_go_by_their_names(name):
+    assert load_config(name).filename.endswith('retinanet/retinanet_r50_fpn_1x_coco.py')
+
+
+@pytest.mark.parametrize(
+    ('name', 'words'),
+    [
+        ('retinanet_r50_fpn_1x_cocoo', 'did you mean retinanet_r50_fpn_1x_coco'),
+        ('mmdet::retinanet/none.py', 'mmdet has none of that name'),
+        ('nowhere::a.py', 'there is no package nowhere: install it'),
+        ('configs/retinanet_r50_fpn_1x_coco.py', 'does not exist'),
+    ],
+)
+def test_a_config_that_there_is_not_is_named(name, words):
+    with pytest.raises(PreflightError, match=words):
+        load_config(name)
