@@ -24,6 +24,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from .checkpoints import CheckpointError, read_torch
 from .layers import PostShiftedBatchNorm, check_shift, find_norm_states
+from .preflight_classes import class_errors
 
 URL_TIMEOUT = 5  # seconds
 CHECKPOINT_MEND = 'give the path of a checkpoint that exists'
@@ -37,6 +38,7 @@ _PSBN_CLASSES = {
     if isinstance(cls, type) and issubclass(cls, PostShiftedBatchNorm)
 }
 _PSBN_TYPES = {*_PSBN_CLASSES, *(cls.__name__ for cls in _PSBN_CLASSES.values())}
+_NORMS = ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN', 'GN', 'LN', 'IN')  # of mmcv
 # The names by which `init_cfg=dict(layer=...)` means a psBN layer: MMEngine compares with the
 # class and its direct bases. Registry names match nothing there, so such a write is lost, too.
 _LAYER_NAMES = _PSBN_TYPES.union(
@@ -130,6 +132,8 @@ def check_train_config(cfg: Config) -> None:
         checkpoint = last.read_text().strip()
     if checkpoint:
         _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
+    for stage in ('train', 'val'):
+        _check_classes(cfg, stage)
 
 
 def check_test_config(cfg: Config, checkpoint: str) -> None:
@@ -145,9 +149,13 @@ def check_test_config(cfg: Config, checkpoint: str) -> None:
     _check_model(cfg)
     _check_data(cfg, 'test')
     _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
+    _check_classes(cfg, 'test')
 
 
 def _check_model(cfg: Config) -> None:
+    for path, part in dicts(cfg.get('model'), 'model'):
+        if path.endswith('norm_cfg'):
+            _check_norm_type(cfg, path, part.get('type'))
     psbn_cfgs = list(_psbn_cfgs(cfg))
     for path, psbn_cfg in psbn_cfgs:
         if 'shift' in psbn_cfg:
@@ -173,6 +181,19 @@ def _check_model(cfg: Config) -> None:
             _check_init_cfg(path, init_cfg)
 
 
+def _check_norm_type(cfg: Config, path: str, kind: Any) -> None:
+    """MMEngine says 'Cannot find None in registry' to a name that it does not know."""
+    if not isinstance(kind, str) or '.' in kind:
+        return
+    with MODELS.switch_scope_and_registry(cfg.get('default_scope') or 'mmdet') as registry:
+        if kind in _NORMS or registry.get(kind) is not None:
+            return
+    of_lower = {name.lower(): name for name in (*_PSBN_CLASSES, *_NORMS)}
+    near = difflib.get_close_matches(kind.lower(), of_lower, 1)
+    mend = f'did you mean {of_lower[near[0]]!r}?' if near else f'use one of {", ".join(_NORMS)}'
+    raise PreflightError(f'{path}.type: no norm is named {kind!r}: {mend}')
+
+
 def _check_init_cfg(path: str, init_cfg: dict) -> None:
     layers = init_cfg.get('layer') or ()
     lost = _LAYER_NAMES.intersection((layers,) if isinstance(layers, str) else layers)
@@ -192,6 +213,15 @@ def _check_data(cfg: Config, stage: str) -> None:
     for path, metric in dicts(cfg.get(f'{stage}_evaluator'), f'{stage}_evaluator'):
         if not _is_remote(metric):
             _check_file(metric.get('ann_file'), f'{path}.ann_file')
+
+
+def _check_classes(cfg: Config, stage: str) -> None:
+    loader = cfg.get(f'{stage}_dataloader')
+    if isinstance(loader, dict):
+        datasets = _datasets(loader.get('dataset'), f'{stage}_dataloader.dataset')
+        local = [(path, dataset) for path, dataset in datasets if not _is_remote(dataset)]
+        for error in class_errors(cfg, stage, local, list(dicts(cfg.get('model'), 'model'))):
+            raise PreflightError(error)
 
 
 def _datasets(dataset: Any, path: str) -> Iterator[tuple[str, dict]]:

@@ -73,6 +73,8 @@ def shrink(coco_root: Path) -> Callable[[Config], None]:
                     'model.test_cfg.rpn.max_per_img': 50,
                 }
             )
+        head = 'model.roi_head.bbox_head' if 'roi_head' in cfg.model else 'model.bbox_head'
+        options[f'{head}.num_classes'] = len(classes)
         cfg.merge_from_dict(options)
 
     return shrink

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -458,3 +459,89 @@ def test_mmdetection_in_a_checkout(monkeypatch, tmp_path):
     (tmp_path / 'tools').symlink_to(scripts, target_is_directory=True)
     monkeypatch.setattr(mmdet, '__file__', str(tmp_path / 'mmdet' / '__init__.py'))
     assert 'config file /nowhere.py' in stop_of(monkeypatch, '/nowhere.py').code
+
+
+# The classes of data, annotation files and heads
+
+
+@pytest.mark.parametrize(
+    ('kind', 'meant'),
+    [('PSBN', "'psBN'"), ('psbn2D', "'psBN2d'"), ('bn', "'BN'"), ('xyz', 'use one of BN')],
+)
+def test_a_norm_that_there_is_not_and_what_was_meant(cfg, kind, meant):
+    sentence = refused(cfg, model__backbone__norm_cfg__type=kind)
+    assert f'model.backbone.norm_cfg.type: no norm is named {kind!r}' in sentence
+    assert meant in sentence
+
+
+def test_a_norm_of_ones_own_is_known_once_it_is_registered(cfg):
+    from mmdet.registry import MODELS
+
+    MODELS.register_module('OwnNorm', module=type('OwnNorm', (nn.BatchNorm2d,), {}), force=True)
+    cfg.model.backbone.norm_cfg.type = 'OwnNorm'
+    check_train_config(cfg)
+
+
+def annotated(cfg, tmp_path, content) -> str:
+    """The config's training data have this annotation file."""
+    file = tmp_path / 'own.json'
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    cfg.train_dataloader.dataset.ann_file = str(file)
+    return str(file)
+
+
+def coco(*names: str) -> dict:
+    categories = [dict(id=i, name=name) for i, name in enumerate(names)]
+    return dict(images=[], annotations=[], categories=categories)
+
+
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        ('<annotation/>', 'is no JSON (Expecting value'),
+        ([1], 'holds a list, not an object with images, annotations, categories'),
+        (dict(images=[], shapes=[]), 'has no list of annotations and of categories'),
+    ],
+)
+def test_annotations_that_are_not_of_coco(cfg, tmp_path, content, words):
+    file = annotated(cfg, tmp_path, content)
+    sentence = refusal(check_train_config, cfg)
+    assert f'train_dataloader.dataset.ann_file: {file} ' in sentence and words in sentence
+
+
+def test_classes_that_are_not_among_the_categories(cfg, tmp_path):
+    annotated(cfg, tmp_path, coco('disc', 'square', 'triangle'))
+    sentence = refusal(check_train_config, cfg)
+    assert (
+        'train_dataloader.dataset.metainfo.classes has cross, not among the categories' in sentence
+    )
+    assert '(disc, square, triangle)' in sentence
+
+
+def test_own_categories_without_classes(cfg, tmp_path):
+    annotated(cfg, tmp_path, coco('RBC', 'WBC'))
+    del cfg.train_dataloader.dataset['metainfo']
+    sentence = refusal(check_train_config, cfg)
+    assert 'none of the 80 default classes is among the categories' in sentence
+    assert "train_dataloader.dataset.metainfo=dict(classes=('RBC', 'WBC'))" in sentence
+
+
+def test_a_single_class_without_its_comma(cfg):
+    cfg.train_dataloader.dataset.metainfo = dict(classes='disc')
+    assert "write ('disc',) with a comma" in refusal(check_train_config, cfg)
+
+
+def test_heads_with_another_number_of_classes(cfg):
+    cfg.model.roi_head.bbox_head.num_classes = 80
+    sentence = refusal(check_train_config, cfg)
+    assert 'model.roi_head.bbox_head.num_classes=80, but train_dataloader.dataset has 4' in sentence
+    assert sentence.endswith('(disc, square, triangle, cross): set it to 4')
+
+
+def test_annotations_of_coco_itself_are_taken(cfg, tmp_path):
+    from mmdet.datasets import CocoDataset
+
+    annotated(cfg, tmp_path, coco(*CocoDataset.METAINFO['classes']))
+    del cfg.train_dataloader.dataset['metainfo']
+    cfg.model.roi_head.bbox_head.num_classes = 80
+    check_train_config(cfg)

@@ -34,7 +34,8 @@ def check(args, cfg):
         cfg.load_from = None if args.resume == 'auto' else args.resume
     lines = norm_switch.apply_options(args, cfg)
     check_train_config(cfg)
-    if lines and os.environ.get('RANK', '0') == '0':
+    rank = os.getenv('RANK') or os.getenv('SLURM_PROCID') or '0'
+    if lines and rank == '0':
         print('\n'.join(lines))
 
 

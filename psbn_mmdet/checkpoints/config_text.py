@@ -75,7 +75,7 @@ def _replace_types(tree: ast.AST, new_of_old: Mapping[str, str], shift: float | 
 
 
 def _undo_switch(tree: ast.AST) -> bool:
-    """Give models that ``--norm psBN`` has switched their own type again; whether there were any."""
+    """Give models that ``--norm psBN`` has switched their own type; whether there were any."""
     changed = False
     for node in ast.walk(tree):
         kind, own = _value(node, 'type'), _value(node, 'model_type')
