@@ -1,4 +1,4 @@
-# make setup | demo | demo-compare | figures | docs | test | lint | format | bench | evidence        [STACK=onedl|openmmlab|oldest] [ARGS='...']
+# make setup | demo | demo-compare | figures | docs | test | lint | format | bench | evidence | zoo        [STACK=onedl|openmmlab|oldest] [ARGS='...']
 # STACK=oldest is openmmlab at the oldest supported versions, Python 3.9, torch 2.1.0, numpy 1.26.0,
 # mmcv 2.1.0, mmengine 0.10.0, mmdet 3.3.0: PYTHON=python3.9 make test STACK=oldest
 STACK ?= onedl
@@ -6,7 +6,7 @@ VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-compare figures docs test lint format bench evidence
+.PHONY: help setup setup-dev demo demo-compare figures docs test lint format bench evidence zoo
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -56,3 +56,6 @@ evidence: setup-dev  ## test the paper's claims; ARGS=--quick for a smoke run
 	@$(VENV)/bin/python benchmarks/evidence/decay.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/alpha.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/networks.py $(ARGS)
+
+zoo: setup-dev  ## try the switch to psBN on every config of MMDetection, an hour or so
+	@$(VENV)/bin/python benchmarks/zoo.py $(ARGS)

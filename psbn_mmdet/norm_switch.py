@@ -87,8 +87,8 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
             f'--norm {norm}: there is no {other} {where}to replace (the model has {has}): {mend}'
         )
     _edit(cfg.model, norm, scope)
-    by_config = {name: kind for name, kind, _ in kinds_of_norms(_built(cfg))}
     model = _built(cfg)
+    by_config = {name: kind for name, kind, _ in kinds_of_norms(model)}
     left = switch_norms(model, norm, scope)
     after = {name: kind for name, kind, _ in kinds_of_norms(model)}
     if after != by_config:

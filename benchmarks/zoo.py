@@ -1,0 +1,342 @@
+"""Every config that MMDetection installs, with psBN by the switch of tools/train.py.
+
+Each model is built with random weights and its norms are switched; then the weights of its BN twin
+are loaded, both are run on the same images (the outputs must agree), and psBN makes one training
+step, after which its filters are counted. What fails is put down to us, or to the baseline where
+the BN twin fails at the same step. Configs that differ in data and schedule alone have one model,
+which is run once.
+
+    python benchmarks/zoo.py                # all; writes docs/zoo.md, benchmarks/results/zoo.json
+    python benchmarks/zoo.py --match yolo   # those whose path has this in it, printed only
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import mmdet  # noqa: E402
+import torch  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.logging import MessageHub  # noqa: E402
+from mmengine.registry import MODELS, DefaultScope  # noqa: E402
+from mmengine.structures import BaseDataElement  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from psbn_mmdet.collapse import RectifierTrace, census_of_model  # noqa: E402
+from psbn_mmdet.layers import PostShiftedBatchNorm  # noqa: E402
+from psbn_mmdet.norm_switch import apply_options  # noqa: E402
+from psbn_mmdet.preflight import PreflightError, dicts, load_config  # noqa: E402
+
+CONFIGS = Path(mmdet.__file__).parent / '.mim/configs'
+SECONDS = 300  # for one model
+CLOSE = 1e-4  # of outputs, relative to the largest
+IMAGE = (3, 128, 128)
+
+
+class LateError(Exception):
+    """A model took too long."""
+
+
+def build(cfg: Config) -> nn.Module:
+    """A model, with random numbers also in its norms, where an initialisation has 0 and 1."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(copy.deepcopy(cfg.model))
+
+
+def batch(cfg: Config, semantic: int) -> dict:
+    """Two images of noise, with boxes and masks, and segments at a stride if that is not 0."""
+    from mmdet.testing import demo_mm_inputs
+
+    classes = [
+        part['num_classes']
+        for path, part in dicts(cfg.model, '')
+        if isinstance(part.get('num_classes'), int) and not path.endswith('rpn_head')
+    ]
+    more = dict(with_semantic=True, sem_seg_output_strides=semantic) if semantic else {}
+    data = demo_mm_inputs(2, [IMAGE, IMAGE], num_items=[3, 3], with_mask=True, **more)
+    for sample in data['data_samples']:
+        sample.gt_instances.labels %= min(classes, default=1)
+    return data
+
+
+def forward(model: nn.Module, data: dict, mode: str) -> Any:
+    """One pass as the Runner makes it."""
+    data = model.data_preprocessor(copy.deepcopy(data), mode == 'loss')
+    return model(**data, mode=mode)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors of floats in what a model returns."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (BaseDataElement, dict)):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def step(model: nn.Module, data: dict) -> RectifierTrace:
+    """One training step by SGD; what follows each norm is watched."""
+    model.train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    with RectifierTrace(model) as trace:
+        losses = forward(model, data, 'loss')
+        loss, _ = model.parse_losses(losses)
+        loss.backward()
+    if trace.failure is not None:
+        raise trace.failure
+    torch.optim.SGD(params, lr=1e-4).step()
+    return trace
+
+
+class Run:
+    """What became of one model, of the twin and of ours."""
+
+    def __init__(self, name: str) -> None:
+        self.row: dict[str, Any] = {'config': name, 'norms': 0, 'switch': '', 'failed': ''}
+
+    def tried(self, stage: str, ours: bool, do: Any) -> Any:
+        """Do something; a failure is put down to us or to the baseline, and ends the run."""
+        if self.row['failed']:
+            return None
+        try:
+            return do()
+        except Exception as error:  # whatever models raise
+            text = ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
+            whose = 'ours' if ours else 'baseline'
+            self.row |= {'failed': whose, 'stage': stage, 'why': text}
+            return None
+
+
+def of_config(name: str) -> dict:
+    """Try one config, in the worker's process."""
+
+    def late(*_: Any) -> None:
+        raise LateError(f'took more than {SECONDS} s')
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    started = time.perf_counter()
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    run = Run(name)
+    hub = MessageHub.get_current_instance()  # some models ask it where the training is
+    for key, value in (('iter', 0), ('epoch', 0), ('max_iters', 100), ('max_epochs', 1)):
+        hub.update_info(key, value)
+    with open(os.devnull, 'w') as null:
+        kept, sys.stdout, sys.stderr = (sys.stdout, sys.stderr), null, null
+        try:
+            _steps(run, name)
+        except LateError as error:
+            run.row |= {'failed': 'baseline', 'stage': 'time', 'why': str(error)}
+        finally:
+            sys.stdout, sys.stderr = kept
+            signal.alarm(0)
+    return {**run.row, 'seconds': round(time.perf_counter() - started, 1)}
+
+
+def _steps(run: Run, name: str) -> None:
+    row = run.row
+    cfg = run.tried('config', False, lambda: load_config(str(CONFIGS / name)))
+    twin = run.tried('build', False, lambda: build(cfg))
+    if twin is None:
+        return
+    bns = [m for m in twin.modules() if isinstance(m, _BatchNorm)]
+    row['norms'] = len(bns)
+    if not bns:
+        row['switch'] = 'no BN'
+        return
+    switched = copy.deepcopy(cfg)
+    options = argparse.Namespace(norm='psBN', norm_scope=None, watch_collapse=False)
+    try:
+        lines = apply_options(options, switched)
+    except (PreflightError, Exception) as error:
+        row.update(failed='ours', stage='switch', why=f'{type(error).__name__}: {error}'[:160])
+        return
+    row['switch'] = 'SwitchNorms' if switched.model.type == 'SwitchNorms' else 'norm_cfg'
+    row['left'] = [line.strip() for line in lines if ' left ' in line]
+    ours = run.tried('build', True, lambda: build(switched))
+    if ours is None:
+        return
+    reached = sum(isinstance(m, PostShiftedBatchNorm) for m in ours.modules())
+    row['reached'] = reached
+    if reached < len(bns) and not row['left']:
+        row.update(failed='ours', stage='switch', why=f'{reached} of {len(bns)} norms reached')
+        return
+    with torch.no_grad():
+        for norm in bns:
+            if norm.affine:
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.normal_(norm.bias, std=0.1)
+    data, cannot_train = trained(name, cfg, twin)
+    loaded = run.tried('load', True, lambda: ours.load_state_dict(twin.state_dict(), strict=False))
+    if loaded is not None and (
+        loaded.unexpected_keys or any(not key.endswith('.shift') for key in loaded.missing_keys)
+    ):
+        row.update(failed='ours', stage='load', why=f'keys: {loaded}'[:160])
+    with torch.no_grad():
+        theirs = run.tried('outputs', False, lambda: forward(twin.eval(), data, 'tensor'))
+        mine = run.tried('outputs', True, lambda: forward(ours.eval(), data, 'tensor'))
+    if mine is not None and theirs is not None:
+        pairs = list(zip(tensors_in(mine), tensors_in(theirs)))
+        differences = [
+            (a - b).abs().max() / b.abs().max().clamp(min=1) for a, b in pairs if b.numel()
+        ]
+        row['difference'] = float(max(differences, default=torch.tensor(0.0)))
+        if not row['difference'] <= CLOSE:
+            row.update(failed='ours', stage='outputs', why=f'differ by {row["difference"]:.2g}')
+    if row['failed'] == 'ours':
+        return
+    row.update(cannot_train or {'failed': ''})
+    trace = run.tried('training step', True, lambda: step(ours, data))
+    census = run.tried('count', True, lambda: census_of_model(ours, rectifiers=trace.rectifiers))
+    if census is not None:
+        row['filters'] = sum(len(layer.gamma) for layer in census.layers)
+        row['collapsed'] = census.count('collapsed')
+        row['follows'] = dict(Counter(layer.rectifier or 'not run' for layer in census.layers))
+
+
+def trained(name: str, cfg: Config, twin: nn.Module) -> tuple[dict, dict]:
+    """The batch with which a copy of the twin makes a step, or why it makes none."""
+    for semantic in (0, 8, 1):  # what its losses want
+        run = Run(name)
+        data = run.tried('data', False, partial(batch, cfg, semantic))
+        run.tried('training step', False, partial(step, copy.deepcopy(twin), data))
+        if not run.row['failed']:
+            return data, {}
+    return data, {key: run.row[key] for key in ('failed', 'stage', 'why')}
+
+
+def models_of(names: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The configs by model, and why others cannot be loaded."""
+    groups: dict[str, list[str]] = {}
+    broken: dict[str, str] = {}
+    for name in tqdm(names, 'configs'):
+        try:
+            text = Config(dict(model=load_config(str(CONFIGS / name)).model)).pretty_text
+        except Exception as error:
+            broken[name] = ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
+            continue
+        groups.setdefault(hashlib.sha1(text.encode()).hexdigest(), []).append(name)
+    return groups, broken
+
+
+def main() -> int:
+    """Go through the zoo."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--match', default='', help='only configs whose path has this in it')
+    parser.add_argument('--jobs', type=int, default=2, help='models at a time')
+    parser.add_argument(
+        '--work-dir', type=Path, default='work_dirs/zoo', help='keeps finished models for a restart'
+    )
+    args = parser.parse_args()
+    names = sorted(
+        str(path.relative_to(CONFIGS))
+        for path in CONFIGS.rglob('*.py')
+        if '_base_' not in path.parts and args.match in str(path)
+    )
+    groups, broken = models_of(names)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    kept = args.work_dir / 'zoo.jsonl'
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    done = {row['config']: row for row in map(json.loads, lines)}
+    missing = [same[0] for same in groups.values() if same[0] not in done]
+    with kept.open('a') as file, get_context('spawn').Pool(args.jobs, maxtasksperchild=10) as pool:
+        for row in tqdm(pool.imap_unordered(of_config, missing), 'models', len(missing)):
+            file.write(json.dumps(row) + '\n')
+            file.flush()
+            done[row['config']] = row
+    rows = [{**done[same[0]], 'configs': len(same)} for same in groups.values()]
+    for name, why in broken.items():
+        failed = {'failed': 'baseline', 'stage': 'config', 'why': why}
+        rows.append({'config': name, 'configs': 1, 'norms': 0, 'switch': '', **failed})
+    text = report(rows)
+    if args.match:
+        print(text)
+    else:
+        result = {'mmdet': mmdet.__version__, 'torch': torch.__version__, 'models': rows}
+        (ROOT / 'benchmarks/results/zoo.json').write_text(json.dumps(result, indent=0) + '\n')
+        (ROOT / 'docs/zoo.md').write_text(text)
+    return 1 if any(row['failed'] == 'ours' for row in rows) else 0
+
+
+def report(rows: list[dict]) -> str:
+    """What became of all, by folder of the zoo, and what failed by cause."""
+    well = [row for row in rows if not row['failed'] and row['switch'] != 'no BN']
+    plain = [row for row in rows if row['switch'] == 'no BN']
+    ours = [row for row in rows if row['failed'] == 'ours']
+    theirs = [row for row in rows if row['failed'] == 'baseline']
+
+    def counted(some: list[dict]) -> str:
+        return f'{sum(row["configs"] for row in some)} configs, {len(some)} models'
+
+    difference = max((row.get('difference', 0) for row in well), default=0)
+    lines = [
+        '# The zoo',
+        '',
+        'What `make zoo` found: every config that MMDetection installs, with `--norm psBN` of',
+        '`tools/train.py`, against its BN twin. Configs that differ in data and schedule alone',
+        'have one model. All models are in [zoo.json](../benchmarks/results/zoo.json).',
+        '',
+        f'MMDetection {mmdet.__version__}, {counted(rows)}:',
+        '',
+        '| | |',
+        '|---|---|',
+        f'| all well | {counted(well)} |',
+        f'| no BN to replace (GN, LN, none) | {counted(plain)} |',
+        f'| failed, ours | {counted(ours)} |',
+        f'| failed, the BN twin too | {counted(theirs)} |',
+        '',
+        "*All well*: built by the switch, every BN is psBN, the twin's weights load, the outputs",
+        f'agree (largest relative difference {difference:.1g}), one training step, counted.',
+        '',
+        '| folder | models | norms | models by norm_cfg alone | before ReLU | LeakyReLU | other |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    folders: dict[str, list[dict]] = {}
+    for row in well:
+        folders.setdefault(row['config'].split('/')[0], []).append(row)
+    for folder, some in sorted(folders.items()):
+        follows: Counter[str] = Counter()
+        for row in some:
+            follows.update(row.get('follows', {}))
+        by_cfg = sum(row['switch'] == 'norm_cfg' for row in some)
+        lines.append(
+            f'| {folder} | {len(some)} | {sum(row["norms"] for row in some)} | {by_cfg} | '
+            f'{follows["relu"]} | {follows["leaky_relu"]} | {follows["other"]} |'
+        )
+    for title, some in (('Ours', ours), ("The baseline's own", theirs)):
+        causes: dict[str, list[dict]] = {}
+        for row in some:
+            causes.setdefault(f'{row["stage"]}: {row["why"]}', []).append(row)
+        if causes:
+            lines += ['', f'## {title}', '', '| cause | models | such as |', '|---|---|---|']
+        for cause, of in sorted(causes.items(), key=lambda item: -len(item[1])):
+            lines.append(f'| {cause.replace("|", "/")} | {len(of)} | {of[0]["config"]} |')
+    return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+    sys.exit(main())
