@@ -25,6 +25,7 @@ class Forecast:
         begin (int): Number of the first iteration to come, from 0.
         recovery (tuple[int, int], optional): ``steps`` and ``window`` of the RecoveryHook.
         norm_decay_mult (float): As the config has it.
+        before_relu (int): Number of psBN layers right before a ReLU.
     """
 
     parts: list[Part]
@@ -32,6 +33,7 @@ class Forecast:
     begin: int
     recovery: tuple[int, int] | None
     norm_decay_mult: float
+    before_relu: int
 
     @property
     def iterations(self) -> int:
@@ -45,6 +47,12 @@ class Forecast:
 
     def text(self) -> str:
         """What to tell the user, in one to three sentences."""
+        if not self.before_relu:
+            return (
+                'no psBN layer stands right before a ReLU. LeakyReLU, SiLU, GELU and the like let '
+                'a gradient through everywhere: no filter is closed for good, psBN can do no more '
+                'than BN, and what is counted here is vanished filters.'
+            )
         if not self.parts:
             return 'no forecast: it is not known how this optimiser decays gamma and beta.'
         unknown = ''
@@ -160,7 +168,7 @@ def make_forecast(
         Forecast, optional: None if no psBN layer is trained.
     """
     groups: dict[tuple, list] = {}
-    unknown = 0
+    unknown = before_relu = 0
     for layer in census.layers:
         norm = norms.get(layer.name)
         if not isinstance(norm, PostShiftedBatchNorm):
@@ -168,6 +176,7 @@ def make_forecast(
         gamma, beta = norm.weight, trainable_bias(norm)
         if beta is None or beta not in courses or gamma not in courses:
             continue
+        before_relu += layer.rectifier == 'relu'
         closed = layer.dead if layer.dead is not None and layer.rectifier == 'relu' else None
         if courses[beta] is None or courses[gamma] is None:
             unknown += 0 if closed is None else int(closed.sum())
@@ -192,7 +201,7 @@ def make_forecast(
                 census.k,
             )
         )
-    return Forecast(parts, unknown, begin, recovery, norm_decay_mult)
+    return Forecast(parts, unknown, begin, recovery, norm_decay_mult, before_relu)
 
 
 def _span(values: list[float]) -> str:

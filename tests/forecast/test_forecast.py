@@ -197,6 +197,22 @@ def test_other_cases_of_the_sentence(tmp_path):
     assert 'closed filters' not in texts(tmp_path / 'BN')
 
 
+@pytest.mark.parametrize('act', [nn.SiLU, nn.GELU, nn.LeakyReLU])
+def test_where_no_rectifier_closes_a_filter_the_log_says_so_and_counts_what_has_a_meaning(
+    tmp_path, act
+):
+    net = Classifier(PostShiftedBatchNorm2d)
+    net.stem[2], net.head[2] = act(), act()
+    hooks = [dict(type='CollapseHook', interval=4, window=4), dict(type='RecoveryHook', steps=30)]
+    runner = run(tmp_path, net, custom_hooks=hooks, epochs=1)
+    assert sentence_of(tmp_path).startswith('no psBN layer stands right before a ReLU.')
+    total = records_of(runner).reports[-1]['total']
+    assert total['trapped'] == 0 and not total['recovered']
+    if act is not nn.LeakyReLU:  # where dead filters are leaky
+        assert total['dead'] is None
+        assert 'collapse/dead' not in texts(tmp_path)
+
+
 def test_a_resumed_run_forecasts_what_is_left(tmp_path):
     whole = trained(tmp_path / 'whole', SGD, SCHEDULES['cosine'], epochs=5)
     trained(tmp_path / 'parts', SGD, [SCHEDULES['cosine'][0] | dict(end=5)], epochs=2)
