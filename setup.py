@@ -1,9 +1,11 @@
 """Packaging; the settings of the tools are in pyproject.toml, tested versions in requirements/."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -18,8 +20,24 @@ def read_version() -> str:
 
 
 def read_readme() -> str:
-    readme = ROOT / 'README.md'
-    return readme.read_text(encoding='utf-8') if readme.exists() else ''
+    """Read the README without what a package index cannot resolve: pictures and relative links."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    text = re.sub(r'^!\[[^]]*\]\([^)]*\)\n\n', '', text, flags=re.MULTILINE)
+    return re.sub(r'\[([^]]*)\]\((?!https?:)[^)]*\)', r'\1', text)
+
+
+class BuildWithMim(build_py):
+    """Put what MIM looks for into ``psbn_mmdet/.mim``, as the packages of OpenMMLab do."""
+
+    def run(self) -> None:
+        """Build the package, then copy configs, tools and index into it."""
+        super().run()
+        if not getattr(self, 'editable_mode', False):
+            mim = Path(self.build_lib, 'psbn_mmdet/.mim')
+            unwanted = shutil.ignore_patterns('__pycache__')
+            for name in ('configs', 'tools'):
+                shutil.copytree(ROOT / name, mim / name, ignore=unwanted, dirs_exist_ok=True)
+            shutil.copy(ROOT / 'model-index.yml', mim)
 
 
 # The two stacks share the import names mmcv, mmengine and mmdet and collide in site-packages:
@@ -58,6 +76,8 @@ setup(
     description='Post-shifted batch normalisation and collapse counting for MMDetection',
     long_description=read_readme(),
     long_description_content_type='text/markdown',
+    author='The psbn_mmdet authors',
+    url='https://arxiv.org/abs/2001.11216',
     license='Apache-2.0',
     keywords='batch normalization, filter collapse, object detection, mmdetection, mmengine',
     classifiers=[
@@ -69,6 +89,7 @@ setup(
         'Programming Language :: Python :: 3.11',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
+    cmdclass={'build_py': BuildWithMim},
     packages=find_packages(include=['psbn_mmdet', 'psbn_mmdet.*']),
     package_data={'psbn_mmdet': ['py.typed', 'report/templates/*.j2']},
     python_requires='>=3.9',
