@@ -364,6 +364,9 @@ def test_all_ranks_do_the_same_without_a_collective(tmp_path):
     assert first['opened'].tolist() == second['opened'].tolist()
     assert first['opened'].tolist()[:3] == [True, True, False]
     assert (first['is_open'] | second['is_open'])[:2].all()
+    for weight in (first['state']['0.weight'], first['state']['3.weight'].transpose(0, 1)):
+        sizes = weight.flatten(1).norm(dim=1)
+        assert (sizes[:2] > 0.3 * sizes[3:].median()).all(), 'both are restored'
     # The first rank alone would have taken filter 2 for closed.
     assert not first['is_open'][2] and second['is_open'][2]
     assert first['state']['1.beta'][2] == -3 and first['state']['1.weight'][2] == 1

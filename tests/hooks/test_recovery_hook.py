@@ -17,8 +17,13 @@ HOOKS_ON = [
 ]
 
 
-def trained(work_dir, hooks=HOOKS_ON, **kwargs):
-    return run(work_dir, Classifier(PostShiftedBatchNorm2d), custom_hooks=hooks, **kwargs)
+def trained(work_dir, hooks=HOOKS_ON, lost=False, **kwargs):
+    net = Classifier(PostShiftedBatchNorm2d)
+    if lost:  # as after a long time
+        with torch.no_grad():
+            net.stem[0].weight[KILLED['stem.1']] *= 1e-3
+            net.head[0].weight[:, KILLED['stem.1']] *= 1e-2
+    return run(work_dir, net, custom_hooks=hooks, **kwargs)
 
 
 def test_closed_filters_are_recovered_in_the_run_and_the_record_says_when(tmp_path):
@@ -71,8 +76,20 @@ def test_it_works_alone(tmp_path):
 
 @pytest.mark.parametrize('at', [1, 2])
 def test_a_resumed_run_gives_the_same_weights(tmp_path, at):
+    assert_resumes(tmp_path, at)
+
+
+def test_so_does_one_whose_convolutions_were_restored(tmp_path):
+    whole = assert_resumes(tmp_path, 1, lost=True)
+    stem, head = whole.model.stem[0].weight, whole.model.head[0].weight.transpose(0, 1)
+    for weight in (stem, head):
+        sizes = weight.detach().flatten(1).norm(dim=1)
+        assert (sizes[KILLED['stem.1']] > 0.3 * sizes[[1, 2]].mean()).all()
+
+
+def assert_resumes(tmp_path, at, lost=False):
     hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
-    settings = dict(default_hooks=hooks, epochs=4, optim_wrapper=MOMENTUM)
+    settings = dict(default_hooks=hooks, epochs=4, optim_wrapper=MOMENTUM, lost=lost)
     whole = trained(tmp_path / 'whole', **settings)
     time.sleep(1)
     checkpoint = str(tmp_path / f'whole/epoch_{at}.pth')
@@ -83,6 +100,7 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path, at):
     ):
         assert torch.equal(value, other), name
     assert whole.model.stem[1].beta[0] > -0.9  # the recovery was under way
+    return whole
 
 
 MOMENTUM = dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
