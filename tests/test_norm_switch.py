@@ -14,12 +14,14 @@ import mmdet
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import psbn_mmdet  # noqa: F401
-from psbn_mmdet.checkpoints import read_weights
+from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.layers import (
     PostShiftedBatchNorm,
     PostShiftedSyncBatchNorm,
@@ -303,3 +305,54 @@ def test_configs_of_the_zoo_go_by_their_names(name):
 def test_a_config_that_there_is_not_is_named(name, words):
     with pytest.raises(PreflightError, match=words):
         load_config(name)
+
+
+def test_averages_checkpointing_and_wrapped_data(shrink, tmp_path):
+    """A backbone that runs forward twice in a step, an EMA of the model, a data set in another."""
+    cfg = load_config('retinanet_r50_fpn_1x_coco')
+    cfg.custom_hooks = [dict(type='CollapseHook'), dict(type='EMAHook')]
+    shrink(cfg)
+    cfg.merge_from_dict(
+        {
+            'model.backbone.depth': 18,
+            'model.backbone.base_channels': 16,
+            'model.backbone.with_cp': True,
+            'model.neck.in_channels': [16, 32, 64, 128],
+            'train_cfg.max_epochs': 1,
+            'work_dir': str(tmp_path),
+        }
+    )
+    cfg.train_dataloader.dataset = dict(
+        type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset
+    )
+    for stage in ('val', 'test'):
+        for key in ('dataloader', 'evaluator', 'cfg'):
+            cfg[f'{stage}_{key}'] = None
+    apply_options(options(), cfg)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    kinds = [type(hook).__name__ for hook in runner.hooks]
+    assert {'EMAHook', 'CollapseHook', 'RecoveryHook'} <= set(kinds)
+    assert all(isinstance(m, PostShiftedBatchNorm) for m in norms(runner.model).values())
+    content = read_content(tmp_path / 'epoch_1.pth')
+    for key in ('state_dict', 'ema_state_dict'):
+        assert set(find_norm_states(content[key]).values()) == {'psBN'}
+
+
+def test_a_switched_model_under_test_time_augmentation():
+    cfg = load_config('yolov3_mobilenetv2_8xb24-320-300e_coco')
+    apply_options(options(), cfg)
+    cfg.model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms')), module=cfg.model)
+    model = build(cfg)
+    assert type(model.module).__name__ == 'YOLOV3'
+    assert all(isinstance(m, PostShiftedBatchNorm) for m in norms(model).values())
+
+
+def test_an_optimiser_trains_what_the_switch_has_made():
+    """Beta is a parameter like any other: an optimiser that is built later has it."""
+    cfg = load_config('yolov3_mobilenetv2_8xb24-320-300e_coco')
+    apply_options(options(), cfg)
+    model = build(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    trained = {id(p) for group in wrapper.optimizer.param_groups for p in group['params']}
+    assert {id(m.beta) for m in norms(model).values()} <= trained
