@@ -156,7 +156,7 @@ def _check_model(cfg: Config) -> None:
     for path, part in dicts(cfg.get('model'), 'model'):
         if path.endswith('norm_cfg'):
             _check_norm_type(cfg, path, part.get('type'))
-    psbn_cfgs = list(_psbn_cfgs(cfg))
+    psbn_cfgs = psbn_of_config(cfg)
     for path, psbn_cfg in psbn_cfgs:
         if 'shift' in psbn_cfg:
             try:
@@ -343,7 +343,7 @@ def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
     psbn_layer = next(
         (n for n, kind in find_norm_states(state_dict).items() if kind == 'psBN'), None
     )
-    if psbn_layer is not None and next(_psbn_cfgs(cfg), None) is None:
+    if psbn_layer is not None and not psbn_of_config(cfg):
         raise PreflightError(
             f'{setting} {file} holds psBN layers ({psbn_layer}, ...), the model of the config has '
             "none: set norm_cfg=dict(type='psBN') or convert the checkpoint with "
@@ -351,7 +351,12 @@ def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
         )
 
 
-def _psbn_cfgs(cfg: Config) -> Iterator[tuple[str, dict]]:
+def psbn_of_config(cfg: Config) -> list[tuple[str, dict]]:
+    """The parts of a config that make psBN layers, with their paths."""
+    return list(_psbn_parts(cfg))
+
+
+def _psbn_parts(cfg: Config) -> Iterator[tuple[str, dict]]:
     for path, part in dicts(cfg.get('model'), 'model'):
         by_switch = type_name(part) == 'SwitchNorms' and part.get('norm') == 'psBN'
         if by_switch or type_name(part) in _PSBN_TYPES:

@@ -11,12 +11,14 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from io import StringIO
 
 from ..checkpoints import read_weights, structure_of_config
 from ..collapse import ASSUMED, census_of_state_dict, compare
 from ..forecast import forecast_of_config
 from ..layers import find_norm_states
-from ..preflight import load_config, one_line
+from ..norm_switch import apply_options
+from ..preflight import load_config, one_line, psbn_of_config
 from ..report.audit_tables import (
     Audit,
     audit_to_csv,
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args.checkpoints) > 2:
         parser.error(f'one or two checkpoints, got {len(args.checkpoints)}')
     try:
-        with redirect_stdout(sys.stderr):  # MMEngine logs what it builds, data sets what they load
+        with redirect_stdout(StringIO()):  # MMEngine logs what it builds, data sets what they load
             audit = make_audit(args)
         if args.plot:
             plot_audit(audit, args.plot)
@@ -109,10 +111,16 @@ def make_audit(args: argparse.Namespace) -> Audit:
     def described(key: str) -> str:
         return f'{key} ({weights.roles[key]})' if key in weights.roles else key
 
-    forecast, no_forecast = None, ''
+    forecast, no_forecast, switched = None, '', False
     if args.config:
         try:
-            forecast = forecast_of_config(load_config(args.config), after)
+            cfg = load_config(args.config)
+            forecast = forecast_of_config(cfg, after)
+            if forecast is None and not psbn_of_config(cfg):
+                apply_options(
+                    argparse.Namespace(norm='psBN', norm_scope=None, watch_collapse=False), cfg
+                )
+                forecast, switched = forecast_of_config(cfg, after), True
             no_forecast = '' if forecast else 'the config trains no psBN'
         except Exception as error:  # whatever data sets and optimisers of somebody's own may raise
             no_forecast = one_line(error)
@@ -121,4 +129,4 @@ def make_audit(args: argparse.Namespace) -> Audit:
         source += f' (also in the file, for --key: {", ".join(map(described, weights.others))})'
     if before:
         source += f', against {args.checkpoints[0]}'
-    return Audit(source, after, before, forecast, no_forecast)
+    return Audit(source, after, before, forecast, no_forecast, switched)

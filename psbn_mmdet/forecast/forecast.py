@@ -117,7 +117,8 @@ class Forecast:
             mult = self.norm_decay_mult * max(value for value in times if value is not None)
             advice.append(
                 f'by iteration {self.begin + total // 2} with optim_wrapper.paramwise_cfg.'
-                f'norm_decay_mult={-_round_down(-mult)}, which decays open filters, too'
+                f'norm_decay_mult={-_round_down(-mult)}, which decays open filters, too, '
+                'and can cost accuracy'
             )
         return advice
 

@@ -40,6 +40,7 @@ class Audit:
         before (Census, optional): Those of an earlier checkpoint to compare with.
         forecast (Forecast, optional): What psBN will do in the training of a config.
         no_forecast (str): Why there is none; '' if none was asked for.
+        switched (bool): Whether it is of the config with ``--norm psBN``.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Audit:
     before: Census | None = None
     forecast: Forecast | None = None
     no_forecast: str = ''
+    switched: bool = False
 
     @property
     def percent(self) -> float:
@@ -174,7 +176,8 @@ def audit_to_text(audit: Audit) -> str:
         lines.append(f'Not compared, since not alike in both: {", ".join(audit.unmatched())}.')
     if audit.forecast:
         lines += ['', 'In the training of the config, on one process:']
-        lines += [_forecast_table(audit.forecast), f'Forecast: {audit.forecast.text()}']
+        of = ' with --norm psBN' if audit.switched else ''
+        lines += [_forecast_table(audit.forecast), f'Forecast{of}: {audit.forecast.text()}']
     elif audit.no_forecast:
         lines.append(f'No forecast of a training with psBN: {audit.no_forecast}.')
     return '\n'.join(lines)

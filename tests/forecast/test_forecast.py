@@ -295,11 +295,18 @@ def test_an_audit_goes_on_without_a_forecast(demo):
     (demo / 'bn.py').write_text(
         text.replace(str(ROOT / 'demo/faster-rcnn_r18_fpn_psbn_demo.py'), str(bn))
     )
+    frozen = 'norm_cfg=dict(requires_grad=False)'
+    (demo / 'frozen.py').write_text(
+        f'{text}\nmodel = dict(backbone=dict({frozen}), neck=dict({frozen}))\n'
+    )
     for config, why in (
         ('no_data.py', 'No such file'),
         ('model.py', 'the config has no train_dataloader'),
-        ('bn.py', 'the config trains no psBN'),
+        ('frozen.py', 'the config trains no psBN'),
     ):
         result = audit(demo, 'bn.pth', '--config', config)
         assert result.returncode == 0, result.stderr
         assert 'No forecast of a training with psBN: ' in result.stdout and why in result.stdout
+    result = audit(demo, 'bn.pth', '--config', 'bn.py')
+    assert 'Forecast with --norm psBN: of 6 closed filters RecoveryHook(steps=4)' in result.stdout
+    assert 'INFO' not in result.stdout + result.stderr
