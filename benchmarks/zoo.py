@@ -35,7 +35,6 @@ import mmdet  # noqa: E402
 import torch  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.logging import MessageHub  # noqa: E402
-from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.structures import BaseDataElement  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
@@ -43,8 +42,8 @@ from tqdm import tqdm  # noqa: E402
 
 from psbn_mmdet.collapse import RectifierTrace, census_of_model  # noqa: E402
 from psbn_mmdet.layers import PostShiftedBatchNorm  # noqa: E402
-from psbn_mmdet.norm_switch import apply_options  # noqa: E402
-from psbn_mmdet.preflight import PreflightError, dicts, load_config  # noqa: E402
+from psbn_mmdet.norm_switch import build_model, switch_config  # noqa: E402
+from psbn_mmdet.preflight import dicts, load_config  # noqa: E402
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim/configs'
 SECONDS = 300  # for one model
@@ -54,13 +53,6 @@ IMAGE = (3, 128, 128)
 
 class LateError(Exception):
     """A model took too long."""
-
-
-def build(cfg: Config) -> nn.Module:
-    """A model, with random numbers also in its norms, where an initialisation has 0 and 1."""
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        return MODELS.build(copy.deepcopy(cfg.model))
 
 
 def batch(cfg: Config, semantic: int) -> dict:
@@ -111,6 +103,11 @@ def step(model: nn.Module, data: dict) -> RectifierTrace:
     return trace
 
 
+def said(error: Exception) -> str:
+    """An error in one line."""
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
+
+
 class Run:
     """What became of one model, of the twin and of ours."""
 
@@ -124,9 +121,8 @@ class Run:
         try:
             return do()
         except Exception as error:  # whatever models raise
-            text = ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
             whose = 'ours' if ours else 'baseline'
-            self.row |= {'failed': whose, 'stage': stage, 'why': text}
+            self.row |= {'failed': whose, 'stage': stage, 'why': said(error)}
             return None
 
 
@@ -160,7 +156,7 @@ def of_config(name: str) -> dict:
 def _steps(run: Run, name: str) -> None:
     row = run.row
     cfg = run.tried('config', False, lambda: load_config(str(CONFIGS / name)))
-    twin = run.tried('build', False, lambda: build(cfg))
+    twin = run.tried('build', False, lambda: build_model(cfg))
     if twin is None:
         return
     bns = [m for m in twin.modules() if isinstance(m, _BatchNorm)]
@@ -169,15 +165,12 @@ def _steps(run: Run, name: str) -> None:
         row['switch'] = 'no BN'
         return
     switched = copy.deepcopy(cfg)
-    options = argparse.Namespace(norm='psBN', norm_scope=None, watch_collapse=False)
-    try:
-        lines = apply_options(options, switched)
-    except (PreflightError, Exception) as error:
-        row.update(failed='ours', stage='switch', why=f'{type(error).__name__}: {error}'[:160])
+    lines = run.tried('switch', True, lambda: switch_config(switched, 'psBN'))
+    if lines is None:
         return
     row['switch'] = 'SwitchNorms' if switched.model.type == 'SwitchNorms' else 'norm_cfg'
     row['left'] = [line.strip() for line in lines if ' left ' in line]
-    ours = run.tried('build', True, lambda: build(switched))
+    ours = run.tried('build', True, lambda: build_model(switched))
     if ours is None:
         return
     reached = sum(isinstance(m, PostShiftedBatchNorm) for m in ours.modules())
@@ -209,6 +202,7 @@ def _steps(run: Run, name: str) -> None:
             row.update(failed='ours', stage='outputs', why=f'differ by {row["difference"]:.2g}')
     if row['failed'] == 'ours':
         return
+    # A baseline without a 'tensor' mode may train well.
     row.update(cannot_train or {'failed': ''})
     trace = run.tried('training step', True, lambda: step(ours, data))
     census = run.tried('count', True, lambda: census_of_model(ours, rectifiers=trace.rectifiers))
@@ -237,7 +231,7 @@ def models_of(names: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
         try:
             text = Config(dict(model=load_config(str(CONFIGS / name)).model)).pretty_text
         except Exception as error:
-            broken[name] = ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
+            broken[name] = said(error)
             continue
         groups.setdefault(hashlib.sha1(text.encode()).hexdigest(), []).append(name)
     return groups, broken

@@ -13,10 +13,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .checkpoints.config_text import TO_BN, TO_PSBN
-from .layers.switch import NORMS, in_scope, kinds_of_norms, switch_norms
+from .layers.switch import NORMS, SWITCHED, in_scope, kinds_of_norms, switch_norms
 from .preflight import PreflightError, dicts, type_name
 
-SWITCHED = 'SwitchNorms'
 # A norm_cfg may give a class in place of its name; mmcv's SyncBN has no counterpart of its own.
 _CLASSES = {
     'BatchNorm1d': 'BN1d',
@@ -42,12 +41,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def apply_options(args: argparse.Namespace, cfg: Config) -> list[str]:
+def switch_config(
+    cfg: Config, norm: str | None, scope: str | None = None, watch: bool = False
+) -> list[str]:
     """Change a config as the switch's options say.
 
     Args:
-        args (argparse.Namespace): With ``norm``, ``norm_scope`` and ``watch_collapse``.
         cfg (Config): The config, changed in place so that it says all that was done.
+        norm (str, optional): Of ``--norm``.
+        scope (str, optional): Of ``--norm-scope``. Defaults to None.
+        watch (bool): Of ``--watch-collapse``. Defaults to False.
 
     Returns:
         list[str]: What was changed, part by part, and what was left and why.
@@ -55,25 +58,19 @@ def apply_options(args: argparse.Namespace, cfg: Config) -> list[str]:
     Raises:
         PreflightError: If there is nothing to replace.
     """
-    if args.norm_scope and not args.norm:
+    if scope and not norm:
         raise PreflightError('--norm-scope is for --norm: add --norm psBN or leave it out')
-    lines: list[str] = []
-    if args.norm:
-        lines = _switch(cfg, args.norm, args.norm_scope)
-    if args.norm == 'psBN' or args.watch_collapse:
+    lines = _switch(cfg, norm, scope) if norm else []
+    if norm == 'psBN' or watch:
         _import_package(cfg)
         _add_hook(cfg, 'CollapseHook')
-    if args.norm == 'psBN':
+    if norm == 'psBN':
         _add_hook(cfg, 'RecoveryHook')
-    elif args.norm == 'BN' and 'psBN' not in {kind for _, kind, _ in kinds_of_norms(_built(cfg))}:
-        # It refuses models without psBN.
-        hooks = cfg.get('custom_hooks') or []
-        cfg.custom_hooks = [hook for hook in hooks if type_name(hook) != 'RecoveryHook']
     return lines
 
 
 def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
-    before = {name: (kind, trained) for name, kind, trained in kinds_of_norms(_built(cfg))}
+    before = {name: (kind, trained) for name, kind, trained in kinds_of_norms(build_model(cfg))}
     other = 'BN' if norm == 'psBN' else 'psBN'
     inside = {name: kind for name, (kind, _) in before.items() if in_scope(name, scope)}
     if other not in inside.values():
@@ -87,7 +84,7 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
             f'--norm {norm}: there is no {other} {where}to replace (the model has {has}): {mend}'
         )
     _edit(cfg.model, norm, scope)
-    model = _built(cfg)
+    model = build_model(cfg)
     by_config = {name: kind for name, kind, _ in kinds_of_norms(model)}
     left = switch_norms(model, norm, scope)
     after = {name: kind for name, kind, _ in kinds_of_norms(model)}
@@ -99,6 +96,9 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
             **({'norm_scope': scope} if scope else {}),
             **{key: value for key, value in cfg.model.items() if key != 'type'},
         )
+    if 'psBN' not in after.values():  # without any, RecoveryHook refuses the model
+        hooks = cfg.get('custom_hooks') or []
+        cfg.custom_hooks = [hook for hook in hooks if type_name(hook) != 'RecoveryHook']
     return list(_told(norm, scope, before, by_config, after, left))
 
 
@@ -140,7 +140,7 @@ def _parts(names: dict) -> list[str]:
     return list(dict.fromkeys(name.split('.')[0] for name in names))
 
 
-def _built(cfg: Config) -> nn.Module:
+def build_model(cfg: Config) -> nn.Module:
     """A config's model with random weights, on the CPU; the config is not changed."""
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
         return MODELS.build(copy.deepcopy(cfg.model))

@@ -24,6 +24,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from .checkpoints import CheckpointError, read_torch
 from .layers import PostShiftedBatchNorm, check_shift, find_norm_states
+from .layers.switch import SWITCHED
 from .preflight_classes import class_errors
 
 URL_TIMEOUT = 5  # seconds
@@ -97,7 +98,7 @@ def _config_file(path: str) -> str:
             found = [p for name in names for p in sorted(folder.rglob(glob.escape(name)))]
         if found:
             return str(found[0])
-    known = {p.stem: p for folder in folders for p in folder.rglob('*.py') if p.stem[:1] != '_'}
+    known = {p.stem for folder in folders for p in folder.rglob('*.py') if p.stem[:1] != '_'}
     stem = PurePosixPath(inside).name.removesuffix('.py')
     near = difflib.get_close_matches(stem, known, 1)
     raise PreflightError(
@@ -353,14 +354,12 @@ def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
 
 def psbn_of_config(cfg: Config) -> list[tuple[str, dict]]:
     """The parts of a config that make psBN layers, with their paths."""
-    return list(_psbn_parts(cfg))
-
-
-def _psbn_parts(cfg: Config) -> Iterator[tuple[str, dict]]:
-    for path, part in dicts(cfg.get('model'), 'model'):
-        by_switch = type_name(part) == 'SwitchNorms' and part.get('norm') == 'psBN'
-        if by_switch or type_name(part) in _PSBN_TYPES:
-            yield path, part
+    return [
+        (path, part)
+        for path, part in dicts(cfg.get('model'), 'model')
+        if type_name(part) in _PSBN_TYPES
+        or (type_name(part) == SWITCHED and part.get('norm') == 'psBN')
+    ]
 
 
 def type_name(cfg: dict) -> str:

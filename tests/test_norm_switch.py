@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -28,7 +27,7 @@ from psbn_mmdet.layers import (
     find_norm_states,
     switch_norms,
 )
-from psbn_mmdet.norm_switch import apply_options
+from psbn_mmdet.norm_switch import switch_config
 from psbn_mmdet.preflight import PreflightError, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +56,7 @@ FAMILIES = {
 
 
 def options(norm: str | None = 'psBN', scope: str | None = None, watch: bool = False):
-    return argparse.Namespace(norm=norm, norm_scope=scope, watch_collapse=watch)
+    return dict(norm=norm, scope=scope, watch=watch)
 
 
 def build(cfg: Config) -> nn.Module:
@@ -74,7 +73,7 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 def test_every_bn_of_a_family_is_psbn_and_computes_the_same(name):
     cfg = load_config(name)
     twin = build(cfg).eval()
-    lines = apply_options(options(), cfg)
+    lines = switch_config(cfg, **options())
     told = sum(int(line.split()[1]) for line in lines if ' -> ' in line)
     assert told == len(norms(twin))
     assert (cfg.model.type == 'SwitchNorms') == FAMILIES[name]
@@ -106,8 +105,8 @@ def test_the_switch_goes_back():
     name = 'yolov3_mobilenetv2_8xb24-320-300e_coco'
     cfg = load_config(name)
     before = build(cfg)
-    apply_options(options(), cfg)
-    lines = apply_options(options('BN'), cfg)
+    switch_config(cfg, **options())
+    lines = switch_config(cfg, **options('BN'))
     assert any('psBN -> BN' in line for line in lines)
     after = build(cfg)
     assert {n: type(m) for n, m in norms(before).items()} == {
@@ -120,7 +119,7 @@ def test_the_switch_goes_back():
 
 def test_a_scope_is_kept_to():
     cfg = load_config('yolof_r50-c5_8xb8-1x_coco')
-    lines = apply_options(options(scope='neck'), cfg)
+    lines = switch_config(cfg, **options(scope='neck'))
     assert '  neck: 14 BN -> psBN, 14 that the classes write out' in lines
     assert '  backbone: 53 BN left (outside the scope)' in lines
     found = norms(build(cfg))
@@ -132,7 +131,7 @@ def test_a_scope_is_kept_to():
 def test_watching_leaves_the_model_as_it_is():
     cfg = load_config('retinanet_r50_fpn_1x_coco')
     model = copy.deepcopy(cfg.model)
-    assert apply_options(options(None, watch=True), cfg) == []
+    assert switch_config(cfg, **options(None, watch=True)) == []
     assert cfg.model == model
     assert [hook['type'] for hook in cfg.custom_hooks] == ['CollapseHook']
     assert cfg.custom_imports['imports'] == ['psbn_mmdet']
@@ -144,7 +143,7 @@ def test_hooks_and_imports_that_are_there_are_kept():
     assert 'EMAHook' in kinds
     cfg.custom_imports = dict(imports='mmdet.models', allow_failed_imports=True)
     cfg.custom_hooks.append(dict(type='CollapseHook', interval=7))
-    apply_options(options(), cfg)
+    switch_config(cfg, **options())
     assert [h['type'] for h in cfg.custom_hooks] == [*kinds, 'CollapseHook', 'RecoveryHook']
     assert cfg.custom_hooks[-2].interval == 7
     assert cfg.custom_imports == dict(
@@ -163,7 +162,7 @@ def test_hooks_and_imports_that_are_there_are_kept():
 )
 def test_what_has_nothing_to_replace_is_told_so(name, chosen, words):
     with pytest.raises(PreflightError, match=words):
-        apply_options(chosen, load_config(name))
+        switch_config(load_config(name), **chosen)
 
 
 def test_what_is_sync_stays_so_and_what_is_no_bn_of_torch_is_left():
@@ -328,7 +327,7 @@ def test_averages_checkpointing_and_wrapped_data(shrink, tmp_path):
     for stage in ('val', 'test'):
         for key in ('dataloader', 'evaluator', 'cfg'):
             cfg[f'{stage}_{key}'] = None
-    apply_options(options(), cfg)
+    switch_config(cfg, **options())
     runner = Runner.from_cfg(cfg)
     runner.train()
     kinds = [type(hook).__name__ for hook in runner.hooks]
@@ -341,7 +340,7 @@ def test_averages_checkpointing_and_wrapped_data(shrink, tmp_path):
 
 def test_a_switched_model_under_test_time_augmentation():
     cfg = load_config('yolov3_mobilenetv2_8xb24-320-300e_coco')
-    apply_options(options(), cfg)
+    switch_config(cfg, **options())
     cfg.model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms')), module=cfg.model)
     model = build(cfg)
     assert type(model.module).__name__ == 'YOLOV3'
@@ -351,7 +350,7 @@ def test_a_switched_model_under_test_time_augmentation():
 def test_an_optimiser_trains_what_the_switch_has_made():
     """Beta is a parameter like any other: an optimiser that is built later has it."""
     cfg = load_config('yolov3_mobilenetv2_8xb24-320-300e_coco')
-    apply_options(options(), cfg)
+    switch_config(cfg, **options())
     model = build(cfg)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     trained = {id(p) for group in wrapper.optimizer.param_groups for p in group['params']}

@@ -32,7 +32,7 @@ def check(args, cfg):
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    lines = norm_switch.apply_options(args, cfg)
+    lines = norm_switch.switch_config(cfg, args.norm, args.norm_scope, args.watch_collapse)
     check_train_config(cfg)
     rank = os.getenv('RANK') or os.getenv('SLURM_PROCID') or '0'
     if lines and rank == '0':

@@ -7,14 +7,12 @@ start at psBN's 0.1. Each run is one of tools/train.py.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import BLUE, GREY, ORANGE, RED, ROOT, Experiment, mean_ci, table
-from detection import data_options, outcome, train
+from detection import OPTIONS, QUICK, drawn_data, outcome, train
 from matplotlib.figure import Figure
 from mmengine.registry import DefaultScope
 
@@ -63,16 +61,10 @@ optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, **{paramwise}))
 
 def main() -> None:
     """Train, write."""
-    drawn = ('--drawn', str(ROOT / 'data/demo'), 'the drawn data, made if they are not there')
-    experiment = Experiment('decay', __doc__, [('--jobs', '2', 'runs at a time'), drawn])
-    data = Path(experiment.args.drawn).resolve()
-    if not (data / 'annotations/train.json').is_file():
-        subprocess.check_call([sys.executable, ROOT / 'demo/make_dataset.py', data])
+    experiment = Experiment('decay', __doc__, OPTIONS)
+    drawn = drawn_data(experiment)
     folder = experiment.work_dir.resolve() / 'decay'
-    quick: dict[str, object] = {}
-    if experiment.quick:
-        quick = {'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1}
-        quick |= {'train_dataloader.dataset.indices': 8, 'custom_hooks.0.interval': 1}
+    quick = QUICK if experiment.quick else {}
 
     def run(arm: str, seed: int) -> list[dict]:
         """One run."""
@@ -81,7 +73,7 @@ def main() -> None:
         config = folder / f'{work_dir.name}.py'
         config.write_text(config_of(arm, folder))
         options = {'randomness.seed': seed, 'default_hooks.checkpoint.save_best': None}
-        train(config, work_dir, **data_options(str(data)), **options, **quick)
+        train(config, work_dir, **drawn, **options, **quick)
         for checkpoint in work_dir.glob('*.pth'):
             checkpoint.unlink()
         return [outcome(work_dir)]

@@ -36,6 +36,17 @@ ARMS = ('BN', 'psBN', 'psBN, recovery', 'psBN, decay', 'psBN, revived')
 DECAY = {'faster-rcnn': 160, 'retinanet': 250}
 COLOURS = (RED, BLUE, ORANGE, PINK, GREEN)
 SEEDS = 3
+OPTIONS = [
+    ('--jobs', '2', 'runs at a time'),
+    ('--drawn', str(ROOT / 'data/demo'), 'the drawn data, made if they are not there'),
+]
+QUICK = {
+    'train_cfg.max_epochs': 1,
+    'train_cfg.val_interval': 1,
+    'train_dataloader.dataset.indices': 8,
+    'custom_hooks.0.interval': 1,
+    'custom_hooks.0.window': 1,
+}
 
 
 def train(config: Path, work_dir: Path, **options: object) -> None:
@@ -72,17 +83,9 @@ class Detection:
 
     def __init__(self, experiment: Experiment) -> None:
         self.folder = experiment.work_dir.resolve() / 'detection'
-        self.drawn = data_options(os.path.abspath(experiment.args.drawn))
+        self.drawn = drawn_data(experiment)
         self.photographs = data_options(os.path.abspath(experiment.args.images))
-        self.quick: dict[str, object] = {}
-        if experiment.quick:
-            self.quick = {
-                'train_cfg.max_epochs': 1,
-                'train_cfg.val_interval': 1,
-                'train_dataloader.dataset.indices': 8,
-                'custom_hooks.0.interval': 1,
-                'custom_hooks.0.window': 1,
-            }
+        self.quick = QUICK if experiment.quick else {}
 
     def pretrain(self, detector: str) -> list[dict]:
         """Train with BN on the drawn data, and convert with revival."""
@@ -135,6 +138,14 @@ class Detection:
         return [outcome(work_dir)]
 
 
+def drawn_data(experiment: Experiment) -> dict[str, object]:
+    """The options of a config for the drawn data, which are made if they are not there."""
+    root = os.path.abspath(experiment.args.drawn)
+    if not Path(root, 'annotations/train.json').is_file():
+        subprocess.check_call([sys.executable, ROOT / 'demo/make_dataset.py', root])
+    return data_options(root)
+
+
 def last_checkpoint(work_dir: Path) -> Path:
     """What a finished training has left."""
     return Path((work_dir / 'last_checkpoint').read_text().strip())
@@ -160,15 +171,10 @@ def outcome(work_dir: Path) -> dict:
 
 def main() -> None:
     """Pretrain, finetune, write."""
-    drawn = ('--drawn', str(ROOT / 'data/demo'), 'the drawn data, made if they are not there')
-    options = [('--jobs', '2', 'runs at a time'), drawn, IMAGES]
-    experiment = Experiment('detection', __doc__, options)
+    experiment = Experiment('detection', __doc__, [*OPTIONS, IMAGES])
     if not Path(experiment.args.images, 'annotations/train.json').is_file():
         print(f'detection: {experiment.args.images} has no annotations/train.json: skipped')
         return
-    if not Path(experiment.args.drawn, 'annotations/train.json').is_file():
-        make = [sys.executable, ROOT / 'demo/make_dataset.py', experiment.args.drawn]
-        subprocess.check_call(make)
     detection = Detection(experiment)
     jobs = int(experiment.args.jobs)
     detectors = ['retinanet'] if experiment.quick else list(LEARNING_RATES)

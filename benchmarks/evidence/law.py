@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from scipy import integrate, optimize, special
 from torch import nn
 
-from psbn_mmdet.collapse import find_norms
-from psbn_mmdet.layers import feeds_rectifier, rectifier_closed
+from psbn_mmdet.collapse import RECTIFIERS, find_norms
+from psbn_mmdet.layers import rectifier_closed
 
 PARAMETERS = np.geomspace(0.002, 4, 23)  # e of the one-step drift
 SPREADS = (
@@ -206,7 +206,7 @@ def real_walk(arch: str, lr: float, gamma: float, steps: int, seeds: Sequence[in
     nets = Nets(arch, 'BN', 'relu', seeds)
     n = len(seeds)
     rectifiers = structure_of(nets, data).rectifiers
-    norms = [norm for name, norm in find_norms(nets).items() if feeds_rectifier(rectifiers, name)]
+    norms = [norm for name, norm in find_norms(nets).items() if rectifiers.get(name) in RECTIFIERS]
     chosen = []
     for norm in norms:
         mask = torch.arange(norm.num_features) % 4 == 0

@@ -50,6 +50,7 @@ from torch.nn import functional as F
 
 from psbn_mmdet.checkpoints import read_weights
 from psbn_mmdet.collapse import (
+    RECTIFIERS,
     GradientWatch,
     Recovery,
     RectifierTrace,
@@ -59,7 +60,7 @@ from psbn_mmdet.collapse import (
     revive,
     trace_structure,
 )
-from psbn_mmdet.layers import bn_to_psbn, feeds_rectifier
+from psbn_mmdet.layers import bn_to_psbn
 
 sys.path.insert(0, str(ROOT / 'tests'))
 from cifar_resnet import CifarResNet
@@ -160,7 +161,7 @@ def on_digits(
     scores = accuracy(nets, data)
     rows = []
     for name, (gamma, b) in begin.items():
-        if not feeds_rectifier(structure.rectifiers, name):
+        if structure.rectifiers.get(name) not in RECTIFIERS:
             continue
         each = norms[name].num_features // len(seeds)
         rows += [

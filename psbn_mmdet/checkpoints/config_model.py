@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
 import torch
@@ -48,8 +49,8 @@ def structure_of_config(cfg: Config, names: Collection[str]) -> Structure:
 
 
 def model_of_config(cfg: Config) -> nn.Module:
-    """Build a config's model, with random weights and for one process."""
-    return revert_sync_batchnorm(MODELS.build(cfg.model))
+    """Build a config's model, with random weights, for one process; the config is not changed."""
+    return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
 
 
 def prefix_in_model(cfg: Config, model: nn.Module, names: Collection[str]) -> str:

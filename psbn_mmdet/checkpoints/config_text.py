@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..layers.switch import SWITCHED
+
 TO_PSBN = {name: f'ps{name}' for name in ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN')}
 TO_BN = {psbn: bn for bn, psbn in TO_PSBN.items()}
 _PACKAGE = 'psbn_mmdet'
@@ -62,15 +64,13 @@ def _replace_types(tree: ast.AST, new_of_old: Mapping[str, str], shift: float | 
             continue
         changed = True
         kind.value = new
-        if isinstance(node, ast.Call):
-            node.keywords = [keyword for keyword in node.keywords if keyword.arg != 'shift']
-            if shift not in (None, 0.1):
+        _remove(node, 'shift')
+        if shift not in (None, 0.1):
+            if isinstance(node, ast.Call):
                 node.keywords.append(ast.keyword('shift', ast.Constant(shift)))
-        elif isinstance(node, ast.Dict):
-            items = [(k, v) for k, v in zip(node.keys, node.values) if _constant(k) != 'shift']
-            if shift not in (None, 0.1):
-                items.append((ast.Constant('shift'), ast.Constant(shift)))
-            node.keys, node.values = [k for k, _ in items], [v for _, v in items]
+            elif isinstance(node, ast.Dict):
+                node.keys.append(ast.Constant('shift'))
+                node.values.append(ast.Constant(shift))
     return changed
 
 
@@ -79,19 +79,23 @@ def _undo_switch(tree: ast.AST) -> bool:
     changed = False
     for node in ast.walk(tree):
         kind, own = _value(node, 'type'), _value(node, 'model_type')
-        if not isinstance(kind, ast.Constant) or kind.value != 'SwitchNorms' or own is None:
+        if not isinstance(kind, ast.Constant) or kind.value != SWITCHED or own is None:
             continue
         if _constant(_value(node, 'norm')) == 'BN':
             continue
         changed = True
         kind.value = _constant(own)
-        extra = ('model_type', 'norm', 'norm_scope')
-        if isinstance(node, ast.Call):
-            node.keywords = [keyword for keyword in node.keywords if keyword.arg not in extra]
-        elif isinstance(node, ast.Dict):
-            items = [(k, v) for k, v in zip(node.keys, node.values) if _constant(k) not in extra]
-            node.keys, node.values = [k for k, _ in items], [v for _, v in items]
+        _remove(node, 'model_type', 'norm', 'norm_scope')
     return changed
+
+
+def _remove(node: ast.AST, *names: str) -> None:
+    """Take items out of ``dict(a=1)`` or ``{'a': 1}``."""
+    if isinstance(node, ast.Call):
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg not in names]
+    elif isinstance(node, ast.Dict):
+        items = [(k, v) for k, v in zip(node.keys, node.values) if _constant(k) not in names]
+        node.keys, node.values = [k for k, _ in items], [v for _, v in items]
 
 
 def _items(node: ast.AST | None) -> Iterator[tuple[Any, ast.expr]]:

@@ -2,6 +2,7 @@
 
 from .census import (
     ASSUMED,
+    RECTIFIERS,
     Census,
     LayerCensus,
     census_of_model,
@@ -26,6 +27,7 @@ from .trace import (
 
 __all__ = [
     'ASSUMED',
+    'RECTIFIERS',
     'Census',
     'GradientWatch',
     'LayerCensus',

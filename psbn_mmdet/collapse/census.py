@@ -34,7 +34,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import (
-    RECTIFIERS,
     PostShiftedBatchNorm,
     entry_key,
     find_norm_states,
@@ -42,6 +41,7 @@ from ..layers import (
 )
 from ..records import KINDS, stage_of
 
+RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
 # What follows a layer is not known, and taken for a rectifier.
 ASSUMED = 'assumed'
 

@@ -17,7 +17,7 @@ from ..checkpoints import read_weights, structure_of_config
 from ..collapse import ASSUMED, census_of_state_dict, compare
 from ..forecast import forecast_of_config
 from ..layers import find_norm_states
-from ..norm_switch import apply_options
+from ..norm_switch import switch_config
 from ..preflight import load_config, one_line, psbn_of_config
 from ..report.audit_tables import (
     Audit,
@@ -83,9 +83,10 @@ def make_audit(args: argparse.Namespace) -> Audit:
     """Read what was asked for and count."""
     read = [read_weights(path, args.key) for path in args.checkpoints]
     of_config: dict[str, str] | None = None
-    if args.config:
+    cfg = load_config(args.config) if args.config else None
+    if cfg is not None:
         names = {name for weights in read for name in find_norm_states(weights.state_dict)}
-        of_config = structure_of_config(load_config(args.config), sorted(names)).rectifiers
+        of_config = structure_of_config(cfg, sorted(names)).rectifiers
     counted = []
     for path, weights in zip(args.checkpoints, read):
         known = weights.rectifiers if of_config is None else of_config
@@ -112,14 +113,11 @@ def make_audit(args: argparse.Namespace) -> Audit:
         return f'{key} ({weights.roles[key]})' if key in weights.roles else key
 
     forecast, no_forecast, switched = None, '', False
-    if args.config:
+    if cfg is not None:
         try:
-            cfg = load_config(args.config)
             forecast = forecast_of_config(cfg, after)
             if forecast is None and not psbn_of_config(cfg):
-                apply_options(
-                    argparse.Namespace(norm='psBN', norm_scope=None, watch_collapse=False), cfg
-                )
+                switch_config(cfg, 'psBN')
                 forecast, switched = forecast_of_config(cfg, after), True
             no_forecast = '' if forecast else 'the config trains no psBN'
         except Exception as error:  # whatever data sets and optimisers of somebody's own may raise

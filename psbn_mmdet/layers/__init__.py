@@ -1,6 +1,6 @@
 """The psBN layers, and conversion between them and BN."""
 
-from .layer_conversion import RECTIFIERS, bn_to_psbn, feeds_rectifier, psbn_to_bn
+from .layer_conversion import bn_to_psbn, psbn_to_bn
 from .psbn import (
     PostShiftedBatchNorm,
     PostShiftedBatchNorm1d,
@@ -14,7 +14,6 @@ from .state_dict import entry_key, find_norm_states
 from .switch import switch_norms
 
 __all__ = [
-    'RECTIFIERS',
     'PostShiftedBatchNorm',
     'PostShiftedBatchNorm1d',
     'PostShiftedBatchNorm2d',
@@ -23,7 +22,6 @@ __all__ = [
     'bn_to_psbn',
     'check_shift',
     'entry_key',
-    'feeds_rectifier',
     'find_norm_states',
     'psbn_to_bn',
     'rectifier_closed',

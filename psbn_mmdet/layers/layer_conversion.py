@@ -32,7 +32,6 @@ _PSBN_OF_BN: dict[type[_BatchNorm], type[PostShiftedBatchNorm]] = {
     _BatchNormXd: PostShiftedSyncBatchNorm,
 }
 _BN_OF_PSBN = {psbn: bn for bn, psbn in reversed(_PSBN_OF_BN.items())}
-RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
 
 AnyTensor = TypeVar('AnyTensor', bound=Tensor)
 ModuleOrStateDict = TypeVar('ModuleOrStateDict', nn.Module, Mapping[str, Any])
@@ -60,18 +59,14 @@ def bn_to_psbn(network: ModuleOrStateDict, shift: float = 0.1) -> ModuleOrStateD
         ValueError: If ``shift`` is not a finite number > 0.
     """
     shift = check_shift(shift)
-
-    def beta(bias: Tensor) -> Tensor:
-        return at_least_float32(bias) - shift
-
     tied = _Tied()
     if isinstance(network, nn.Module):
-        return _replace(network, lambda name, layer: _to_psbn(layer, shift, beta, tied))
+        return replace_layers(network, lambda name, layer: _to_psbn(layer, shift, tied))
     edits = {}
     for name, kind in find_norm_states(network).items():
         if kind == 'BN':
             bias = entry_key(name, 'bias')
-            new = tied(network[bias], beta(network[bias]))
+            new = tied(network[bias], at_least_float32(network[bias]) - shift)
             edits[bias] = {
                 entry_key(name, 'beta'): new,
                 entry_key(name, 'shift'): new.new_tensor(shift),
@@ -100,7 +95,7 @@ def psbn_to_bn(network: ModuleOrStateDict) -> ModuleOrStateDict:
     """
     tied = _Tied()
     if isinstance(network, nn.Module):
-        return _replace(network, lambda name, layer: _to_bn(name, layer, tied))
+        return replace_layers(network, lambda name, layer: _to_bn(name, layer, tied))
     edits: dict[str, dict[str, Tensor]] = {}
     for name, kind in find_norm_states(network).items():
         if kind == 'psBN':
@@ -110,11 +105,6 @@ def psbn_to_bn(network: ModuleOrStateDict) -> ModuleOrStateDict:
             edits[beta] = {entry_key(name, 'bias'): bias}
             edits[shift] = {}
     return _edited(network, edits)
-
-
-def feeds_rectifier(rectifiers: Mapping[str, str], name: str) -> bool:
-    """Whether a layer's output goes into rectifiers and nothing else."""
-    return rectifiers.get(name) in RECTIFIERS
 
 
 class _Tied:
@@ -129,7 +119,7 @@ class _Tied:
         return made if made is new or torch.equal(made, new) else new
 
 
-def _to_psbn(layer: nn.Module, shift: float, beta: Callable, tied: _Tied) -> nn.Module | None:
+def _to_psbn(layer: nn.Module, shift: float, tied: _Tied) -> nn.Module | None:
     if not isinstance(layer, _BatchNorm) or layer.weight is None or layer.bias is None:
         return None
     psbn_class = _PSBN_OF_BN.get(type(layer))
@@ -145,7 +135,7 @@ def _to_psbn(layer: nn.Module, shift: float, beta: Callable, tied: _Tied) -> nn.
         shift=shift,
     )
     psbn.weight = layer.weight
-    new_beta = beta(layer.bias.detach()).to(layer.bias.dtype)
+    new_beta = (at_least_float32(layer.bias.detach()) - shift).to(layer.bias.dtype)
     psbn.beta = tied(layer.bias, nn.Parameter(new_beta, layer.bias.requires_grad))
     return _take_over_state(psbn, layer)
 
@@ -189,7 +179,7 @@ def _take_over_state(new: _BatchNorm, old: _BatchNorm) -> nn.Module:
     return new.train(old.training)
 
 
-def _replace(module: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> Any:
+def replace_layers(module: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> Any:
     """Replace each submodule, or the root, by what ``convert`` returns unless that is None."""
     new_of_old = {old: convert(name, old) for name, old in module.named_modules()}
     for parent in list(module.modules()):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .layer_conversion import bn_to_psbn, psbn_to_bn
+from .layer_conversion import bn_to_psbn, psbn_to_bn, replace_layers
 from .psbn import PostShiftedBatchNorm
 
 NORMS = ('psBN', 'BN')
+SWITCHED = 'SwitchNorms'  # the type of a model that is built by build_switched
 
 
 def in_scope(path: str, scope: str | None) -> bool:
@@ -42,18 +43,17 @@ def switch_norms(model: nn.Module, norm: str, scope: str | None = None) -> dict[
         dict[str, str]: Layers that were left, and why.
     """
     left: dict[str, str] = {}
-    new_of_old: dict[nn.Module, nn.Module] = {}
-    for name, layer in model.named_modules():
-        if in_scope(name, scope):
-            new = (_new_psbn if norm == 'psBN' else _new_bn)(layer)
-            if isinstance(new, str):
-                left[name] = new
-            elif new is not None:
-                new_of_old[layer] = new
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            if child in new_of_old:
-                parent._modules[child_name] = new_of_old[child]
+
+    def convert(name: str, layer: nn.Module) -> nn.Module | None:
+        if not in_scope(name, scope):
+            return None
+        new = (_new_psbn if norm == 'psBN' else _new_bn)(layer)
+        if isinstance(new, str):
+            left[name] = new
+            return None
+        return new
+
+    replace_layers(model, convert)
     return left
 
 
@@ -104,7 +104,7 @@ def _of_torch(layer: Any) -> nn.Module:
     return new.train(layer.training)
 
 
-@MODELS.register_module('SwitchNorms')
+@MODELS.register_module(SWITCHED)
 def build_switched(
     model_type: str | Callable, norm: str, norm_scope: str | None = None, **settings: Any
 ) -> nn.Module:
@@ -133,12 +133,11 @@ def build_switched(
     return model
 
 
-def kinds_of_norms(model: nn.Module, scope: str | None = None) -> Iterator[tuple[str, str, bool]]:
+def kinds_of_norms(model: nn.Module) -> Iterator[tuple[str, str, bool]]:
     """Go through the norms of a model.
 
     Args:
         model (nn.Module): The model.
-        scope (str, optional): See :func:`switch_norms`. Defaults to None.
 
     Yields:
         tuple[str, str, bool]: Name, 'psBN', 'BN' or the class of another norm, and whether any of
@@ -152,5 +151,4 @@ def kinds_of_norms(model: nn.Module, scope: str | None = None) -> Iterator[tuple
             kind = 'BN'
         elif not isinstance(layer, (nn.GroupNorm, nn.LayerNorm, _InstanceNorm)):
             continue
-        if in_scope(name, scope):
-            yield name, kind, any(p.requires_grad for p in layer.parameters())
+        yield name, kind, any(p.requires_grad for p in layer.parameters())
