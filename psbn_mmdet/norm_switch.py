@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -97,8 +98,7 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
             **{key: value for key, value in cfg.model.items() if key != 'type'},
         )
     if 'psBN' not in after.values():  # without any, RecoveryHook refuses the model
-        hooks = cfg.get('custom_hooks') or []
-        cfg.custom_hooks = [hook for hook in hooks if type_name(hook) != 'RecoveryHook']
+        cfg.custom_hooks = [hook for hook in _hooks(cfg) if type_name(hook) != 'RecoveryHook']
     return list(_told(norm, scope, before, by_config, after, left))
 
 
@@ -142,8 +142,12 @@ def _parts(names: dict) -> list[str]:
 
 def build_model(cfg: Config) -> nn.Module:
     """A config's model with random weights, on the CPU; the config is not changed."""
+    model = copy.deepcopy(cfg.model)
+    for _, part in dicts(model, ''):
+        if _CLASSES.get(type_name(part)) == 'SyncBN':
+            part['type'] = 'SyncBN'  # mmcv's cannot be built before there is a process group
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
-        return MODELS.build(copy.deepcopy(cfg.model))
+        return MODELS.build(model)
 
 
 def _edit(model: ConfigDict, norm: str, scope: str | None) -> None:
@@ -172,7 +176,19 @@ def _import_package(cfg: Config) -> None:
         cfg.custom_imports = {**settings, 'imports': [*imports, __package__]}
 
 
+def _hooks(cfg: Config) -> list:
+    """The custom hooks, which MMEngine takes as configs or as objects."""
+    hooks = cfg.get('custom_hooks') or []
+    if not isinstance(hooks, (list, tuple)):
+        raise PreflightError(
+            f'custom_hooks is {reprlib.repr(hooks)}, not a list of hooks: set them in the config, '
+            "such as custom_hooks=[dict(type='CollapseHook', interval=50)]; --cfg-options "
+            'custom_hooks.0.… changes only hooks that are there'
+        )
+    return list(hooks)
+
+
 def _add_hook(cfg: Config, kind: str) -> None:
-    hooks = list(cfg.get('custom_hooks') or [])
+    hooks = _hooks(cfg)
     if kind not in map(type_name, hooks):
         cfg.custom_hooks = [*hooks, dict(type=kind)]

@@ -362,9 +362,9 @@ def psbn_of_config(cfg: Config) -> list[tuple[str, dict]]:
     ]
 
 
-def type_name(cfg: dict) -> str:
-    """``type`` without the scope; it may be given as a class."""
-    kind = cfg.get('type')
+def type_name(cfg: Any) -> str:
+    """``type`` without the scope, which may be given as a class; the class of what is built."""
+    kind = cfg.get('type') if isinstance(cfg, dict) else type(cfg)
     return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
@@ -52,6 +55,17 @@ FAMILIES = {
     'solov2-light_r18_fpn_ms-3x_coco': True,
     'yolof_r50-c5_8xb8-1x_coco': True,
     'soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco': False,
+    'retinanet_effb3_fpn_8xb4-crop896-1x_coco': False,
+    'retinanet_regnetx-1.6GF_fpn_1x_coco': False,
+    'faster-rcnn_s50_fpn_syncbn-backbone+head_ms-range-1x_coco': False,
+    'mask-rcnn_r50-syncbn-gcb-r4-c3-c5_fpn_1x_coco': False,
+    'faster-rcnn_res2net-101_fpn_2x_coco': False,
+    'retinanet_r50_nasfpn_crop640-50e_coco': False,
+    'yolact_r50_1xb8-55e_coco': False,
+    'panoptic-fpn_r50_fpn_1x_coco': False,
+    'deformable-detr_r50_16xb2-50e_coco': False,
+    'rtmdet-ins_tiny_8xb32-300e_coco': False,
+    'qdtrack_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval': False,
 }
 
 
@@ -91,8 +105,11 @@ def test_every_bn_of_a_family_is_psbn_and_computes_the_same(name):
     result = model.load_state_dict(twin.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {f'{key}.shift' for key in found}
-    backbone, other = (getattr(m, 'backbone', None) or m.student.backbone for m in (model, twin))
-    image = torch.randn(1, 3, 64, 64)
+    backbone, other = (
+        next(m for name, m in network.named_modules() if name.split('.')[-1] == 'backbone')
+        for network in (model, twin)
+    )
+    image = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         for ours, theirs in zip(backbone(image), other(image)):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -151,6 +168,17 @@ def test_hooks_and_imports_that_are_there_are_kept():
     )
 
 
+def test_hooks_may_be_objects_and_must_be_a_list():
+    cfg = load_config('retinanet_r18_fpn_1x_coco')
+    cfg.custom_hooks = [EMAHook()]
+    switch_config(cfg, **options(None, watch=True))
+    assert isinstance(cfg.custom_hooks[0], EMAHook)
+    assert cfg.custom_hooks[1].type == 'CollapseHook'
+    cfg = load_config('retinanet_r18_fpn_1x_coco', {'custom_hooks.0.interval': 1})
+    with pytest.raises(PreflightError, match=r"custom_hooks is \{'0'.*not a list of hooks"):
+        switch_config(cfg, **options(None, watch=True))
+
+
 @pytest.mark.parametrize(
     ('name', 'chosen', 'words'),
     [
@@ -193,6 +221,15 @@ def test_mmcvs_sync_bn_becomes_pssyncbn(tmp_path):
     assert type(model[0]) is PostShiftedSyncBatchNorm
     assert (model[0].eps, model[0].momentum) == (1e-3, 0.2)
     assert model[0].weight is layer.weight
+
+
+def test_a_config_of_mmcvs_sync_bn_needs_no_process_group():
+    cfg = load_config('retinanet_r18_fpn_1x_coco')
+    cfg.model.backbone.norm_cfg = dict(type='MMSyncBN', requires_grad=True)
+    cfg.model.neck.norm_cfg = dict(type='MMSyncBN')
+    switch_config(cfg, **options(scope='backbone'))
+    assert cfg.model.backbone.norm_cfg == dict(type='psSyncBN', requires_grad=True)
+    assert cfg.model.neck.norm_cfg == dict(type='MMSyncBN')
 
 
 def test_norms_that_have_loaded_weights_keep_their_function():
@@ -281,6 +318,35 @@ log_processor = dict(by_epoch=False, window_size=1)
 
 
 @pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', dict(failed='', switch='norm_cfg', reached=76)),
+        ('yolof/yolof_r50-c5_8xb8-1x_coco.py', dict(failed='', switch='SwitchNorms', reached=73)),
+        ('gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py', dict(failed='', switch='no BN')),
+        (
+            'carafe/mask-rcnn_r50_fpn-carafe_1x_coco.py',
+            dict(failed='baseline', stage='training step', reached=53),
+        ),
+    ],
+)
+def test_what_make_zoo_finds(name, expected):
+    """A step of training and a count of all filters, or who is to blame."""
+    spec = importlib.util.spec_from_file_location('zoo', ROOT / 'benchmarks/zoo.py')
+    zoo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(zoo)
+    threads = torch.get_num_threads()
+    try:
+        row = zoo.of_config(name)
+    finally:
+        torch.set_num_threads(threads)
+    assert {key: row[key] for key in expected} == expected
+    if row['failed'] == '' and row['switch'] != 'no BN':
+        assert row['difference'] < 1e-4 and sum(row['follows'].values()) == row['reached']
+        assert row['filters'] > 1000
+    assert name in zoo.report([{**row, 'configs': 1}]) or not row['failed']
+
+
+@pytest.mark.parametrize(
     'name',
     [
         'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
@@ -336,6 +402,29 @@ def test_averages_checkpointing_and_wrapped_data(shrink, tmp_path):
     content = read_content(tmp_path / 'epoch_1.pth')
     for key in ('state_dict', 'ema_state_dict'):
         assert set(find_norm_states(content[key]).values()) == {'psBN'}
+
+
+def test_autocasting_changes_nothing_but_rounding():
+    """As AMP does, which MMEngine offers on accelerators alone: a training step in bfloat16."""
+    cfg = load_config('yolov3_mobilenetv2_8xb24-320-300e_coco')
+    twin = build(cfg)
+    switch_config(cfg, **options())
+    model = build(cfg)
+    model.load_state_dict(twin.state_dict(), strict=False)
+    data = demo_mm_inputs(2, [(3, 96, 96)] * 2, num_items=[2, 2])
+    losses, gradients = [], []
+    for network in (model, twin):
+        network.train()
+        batch = network.data_preprocessor(copy.deepcopy(data), True)
+        with torch.autocast('cpu', torch.bfloat16):
+            loss, _ = network.parse_losses(network(**batch, mode='loss'))
+        loss.backward()
+        losses.append(loss.item())
+        trained = [n for n in norms(network).values() if n.weight.grad is not None]
+        assert len(trained) > 20
+        gradients.append(torch.stack([n.weight.grad.norm() for n in trained]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.1, atol=1e-2)
 
 
 def test_a_switched_model_under_test_time_augmentation():

@@ -40,8 +40,8 @@ def convert_checkpoint(
 
     Averages (EMA) are converted like the network. The optimiser's state needs no change where it
     goes by the parameters' order, since beta stands where bias stood; where it goes by names, they
-    are replaced. The momentum of beta is that of bias. In the texts of configs that MMEngine puts
-    into its checkpoints the norm types are replaced; the texts are not run.
+    are replaced. The momentum of beta is that of bias. The texts of configs that MMEngine puts into
+    its checkpoints become those of the converted model; they are not run.
 
     Args:
         content (Any): What :func:`.read_content` returned; not changed.

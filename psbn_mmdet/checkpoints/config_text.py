@@ -16,13 +16,17 @@ _IMPORT = f"custom_imports = dict(imports=['{_PACKAGE}'], allow_failed_imports=F
 
 
 def config_to_psbn(text: str, shift: float) -> str:
-    """Make psBN of the BN types in a config's text, and import this package.
+    """Make psBN of all BN of the model in a config's text, and import this package.
+
+    What a text does not say, defaults of constructors and norms that a class writes out, can't be
+    told from it: the model becomes one that switches whatever is left, as by ``--norm psBN``.
 
     Raises:
         SyntaxError: If the text is no Python.
     """
     tree = ast.parse(text)
-    if not _replace_types(tree, TO_PSBN, shift):
+    replaced = _replace_types(tree, TO_PSBN, shift)
+    if not _switch(tree) and not replaced:
         return text
     imports = _value(_assigned(tree, 'custom_imports'), 'imports')
     if imports is None:
@@ -74,6 +78,24 @@ def _replace_types(tree: ast.AST, new_of_old: Mapping[str, str], shift: float | 
     return changed
 
 
+def _switch(tree: ast.Module) -> bool:
+    """Make the model one that ``--norm psBN`` has switched; whether there is one to switch."""
+    model = _assigned(tree, 'model')
+    own = _constant(_value(model, 'type'))
+    if own == SWITCHED:
+        own = _constant(_value(model, 'model_type'))
+    if own is None:
+        return False
+    new = {'type': SWITCHED, 'model_type': own, 'norm': 'psBN'}
+    _remove(model, *new, 'norm_scope')
+    if isinstance(model, ast.Call):
+        model.keywords[:0] = [ast.keyword(key, ast.Constant(value)) for key, value in new.items()]
+    elif isinstance(model, ast.Dict):
+        model.keys[:0] = map(ast.Constant, new)
+        model.values[:0] = map(ast.Constant, new.values())
+    return True
+
+
 def _undo_switch(tree: ast.AST) -> bool:
     """Give models that ``--norm psBN`` has switched their own type; whether there were any."""
     changed = False
@@ -89,7 +111,7 @@ def _undo_switch(tree: ast.AST) -> bool:
     return changed
 
 
-def _remove(node: ast.AST, *names: str) -> None:
+def _remove(node: ast.AST | None, *names: str) -> None:
     """Take items out of ``dict(a=1)`` or ``{'a': 1}``."""
     if isinstance(node, ast.Call):
         node.keywords = [keyword for keyword in node.keywords if keyword.arg not in names]

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoints.config_model import model_of_config, prefix_in_model
 from ..collapse import Census, find_norms
+from ..preflight import type_name
 from .forecast import Forecast, make_forecast
 from .schedule import courses
 
@@ -49,8 +50,9 @@ def forecast_of_config(cfg: Config, census: Census) -> Forecast | None:
     norms = {name: of_model[prefix + name] for name in names if prefix + name in of_model}
     params = [param for norm in norms.values() for param in norm.parameters()]
     length = epoch_length if by_epoch else None
-    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == 'RecoveryHook']
-    recovery = (hooks[0].get('steps', 500), hooks[0].get('window', 10)) if hooks else None
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if type_name(hook) == 'RecoveryHook']
+    given = hooks[0] if hooks and isinstance(hooks[0], dict) else {}
+    recovery = (given.get('steps', 500), given.get('window', 10)) if hooks else None
     return make_forecast(
         census,
         norms,

@@ -13,10 +13,13 @@ from mmdet.apis import DetInferencer
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.runner import Runner
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from psbn_mmdet.checkpoints import CheckpointError, convert_checkpoint, read_content, write_content
 from psbn_mmdet.collapse import Structure
 from psbn_mmdet.layers import PostShiftedBatchNorm
+from psbn_mmdet.norm_switch import build_model
+from psbn_mmdet.preflight import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,6 +155,35 @@ def test_det_inferencer_needs_nothing_but_the_converted_file(trained):
     assert found[0]['labels'] == found[1]['labels']
     assert np.allclose(found[0]['scores'], found[1]['scores'], atol=1e-5)
     assert np.allclose(found[0]['bboxes'], found[1]['bboxes'], atol=1e-2)
+
+
+def test_det_inferencer_builds_norms_that_no_config_names(tmp_path):
+    """A MobileNetV2 of MMDetection: its BN are the default of a constructor."""
+    cfg = load_config('yolov3_mobilenetv2_8xb24-320-300e_coco')
+    cfg.model.backbone.init_cfg = None
+    model = build_model(cfg)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(norm.bias, std=0.1)
+    meta = dict(cfg=cfg.pretty_text, dataset_meta=dict(CLASSES=('a', 'b')))
+    content = dict(state_dict=model.state_dict(), meta=meta)
+    psbn, done = convert_checkpoint(content, 'psbn')
+    assert done.configs == 1
+    image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    found = []
+    for name, saved in (('bn', content), ('psbn', psbn)):
+        write_content(saved, tmp_path / f'{name}.pth')
+        inferencer = DetInferencer(
+            weights=str(tmp_path / f'{name}.pth'), device='cpu', show_progress=False
+        )
+        norms = [m for m in inferencer.model.modules() if isinstance(m, _BatchNorm)]
+        are_psbn = [isinstance(norm, PostShiftedBatchNorm) for norm in norms]
+        assert are_psbn == [name == 'psbn'] * 72
+        inferencer.model.bbox_head.test_cfg.update(score_thr=0.0, conf_thr=0.0)
+        found.append(inferencer(image)['predictions'][0])
+        DetLocalVisualizer._instance_dict.clear()
+    assert len(found[0]['scores']) == 100
+    assert np.allclose(found[0]['scores'], found[1]['scores'], atol=1e-5)
 
 
 def test_an_optimiser_state_that_goes_by_names_is_renamed():

@@ -64,3 +64,23 @@ other = {'type': 'SwitchNorms', 'model_type': 'A', 'norm': 'psBN', 'norm_scope':
     back = loaded(config_to_bn(text))
     assert back['model'] == dict(type='YOLOV3', neck=dict(type='YOLOV3Neck'))
     assert back['other'] == {'type': 'A', 'a-b': 1}
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        "dict(type='YOLOV3', neck=dict(type='YOLOV3Neck'))",
+        "{'neck': {'type': 'YOLOV3Neck'}, 'type': 'YOLOV3'}",
+        "dict(model_type='YOLOV3', neck=dict(type='YOLOV3Neck'), norm='psBN', norm_scope='neck', "
+        "type='SwitchNorms')",
+    ],
+)
+def test_a_model_whose_norms_the_text_does_not_say_is_switched(model):
+    text = config_to_psbn(f'model = {model}', 0.1)
+    assert loaded(text) == dict(
+        model=dict(
+            type='SwitchNorms', model_type='YOLOV3', norm='psBN', neck=dict(type='YOLOV3Neck')
+        ),
+        custom_imports=dict(imports=['psbn_mmdet'], allow_failed_imports=False),
+    )
+    assert loaded(config_to_bn(text))['model'] == dict(type='YOLOV3', neck=dict(type='YOLOV3Neck'))

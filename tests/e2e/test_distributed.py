@@ -22,7 +22,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope='module')
 def work_dir(coco_root, tmp_path_factory):
-    """The work dir of a run on two ranks, four iterations with a report every two."""
+    """The work dir of a run on two ranks, four iterations with a report every two.
+
+    Of a config of BN, which the switch makes psBN's.
+    """
     work_dir = tmp_path_factory.mktemp('two_ranks')
     data = {
         f'{loader}_dataloader.{key}': value
@@ -51,7 +54,7 @@ def work_dir(coco_root, tmp_path_factory):
     arguments = [f'{key}={value}' for key, value in options.items()]
     config = work_dir / 'config.py'
     config.write_text(
-        f'_base_ = [{str(ROOT / "demo/faster-rcnn_r18_fpn_psbn_demo.py")!r}]\n'
+        f'_base_ = [{str(ROOT / "demo/faster-rcnn_r18_fpn_bn_demo.py")!r}]\n'
         "custom_imports = dict(imports=['psbn_mmdet', 'witness'], allow_failed_imports=False)\n"
         'custom_hooks = [dict(type="CollapseHook", interval=2, window=2), '
         'dict(type="Witness", interval=2)]\n'
@@ -65,13 +68,14 @@ def work_dir(coco_root, tmp_path_factory):
     )
     result = subprocess.run(
         ['bash', str(ROOT / 'tools/dist_train.sh'), str(config), '2']
-        + ['--work-dir', str(work_dir), '--cfg-options', *arguments],
+        + ['--work-dir', str(work_dir), '--norm', 'psBN', '--cfg-options', *arguments],
         capture_output=True,
         text=True,
         env=environment,
         timeout=300,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
+    assert result.stdout.count('  backbone: 20 BN -> psBN, 20 by norm_cfg') == 1
     return work_dir
 
 
@@ -107,5 +111,12 @@ def test_rank_0_alone_writes(work_dir):
     assert log.read_text().count('Collapsed filters at iteration') == 1
 
 
-def test_no_collective_is_added(work_dir):
-    assert [witness['collectives'] for witness in witnesses(work_dir)] == [[], []]
+def test_all_ranks_train_psbn(work_dir):
+    for witness in witnesses(work_dir):
+        assert witness['norms'] == ['PostShiftedBatchNorm2d'] * 20
+
+
+def test_ranks_tell_each_other_nothing_in_a_step(work_dir):
+    """Only once, what RecoveryHook has seen of the network."""
+    once = ['all_gather_object', 'all_gather_object']
+    assert [witness['collectives'] for witness in witnesses(work_dir)] == [once, once]

@@ -88,6 +88,11 @@ class Witness(Hook):
             mask[:] = False
 
     def after_train(self, runner):
-        report = dict(reports=self.reports, collectives=self.collectives, pid=os.getpid())
+        report = dict(
+            reports=self.reports,
+            collectives=self.collectives,
+            norms=[type(norm).__name__ for norm in self.norms.values()],
+            pid=os.getpid(),
+        )
         path = Path(runner.work_dir) / f'witness_{get_rank()}.json'
         path.write_text(json.dumps(report))
