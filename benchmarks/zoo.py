@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ import torch  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.logging import MessageHub  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
-from mmengine.structures import BaseDataElement  # noqa: E402
+from mmengine.structures import BaseDataElement, InstanceData  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -49,7 +50,7 @@ from psbn_mmdet.preflight import dicts, load_config, type_name  # noqa: E402
 CONFIGS = Path(mmdet.__file__).parent / '.mim/configs'
 SECONDS = 300  # for one model
 CLOSE = 1e-4  # of outputs, relative to the largest
-IMAGE = (3, 128, 128)
+SIZES = (128, 256, 384)  # of the images; some models need larger ones
 FEW = {'max_per_img': 20, 'nms_pre': 200}  # boxes, which cost time and tell nothing of norms
 
 
@@ -66,11 +67,11 @@ def small(cfg: Config) -> Config:
         if type_name(part) in ('RandomSampler', 'MaskPseudoSampler') and 'num' in part:
             part['num'] = 32
         if type_name(part) == 'BatchFixedSizePad':
-            part['size'] = IMAGE[1:]
+            part['size'] = SIZES[:1] * 2
     return cfg
 
 
-def batch(cfg: Config, masks: bool, semantic: int) -> dict:
+def batch(cfg: Config, size: int, masks: bool, semantic: int) -> dict:
     """Two images of noise, with boxes, maybe masks, and segments at a stride that is not 0."""
     from mmdet.testing import demo_mm_inputs
 
@@ -80,9 +81,13 @@ def batch(cfg: Config, masks: bool, semantic: int) -> dict:
         if isinstance(part.get('num_classes'), int) and not path.endswith('rpn_head')
     ]
     more = dict(with_semantic=True, sem_seg_output_strides=semantic) if semantic else {}
-    data = demo_mm_inputs(2, [IMAGE, IMAGE], num_items=[3, 3], with_mask=masks, **more)
+    image = (3, size, size)
+    data = demo_mm_inputs(2, [image, image], num_items=[3, 3], with_mask=masks, **more)
     for sample in data['data_samples']:
-        sample.gt_instances.labels %= min(classes, default=1)
+        boxes = sample.gt_instances
+        boxes.labels %= min(classes, default=1)
+        # What a model without an RPN is given.
+        sample.proposals = InstanceData(bboxes=boxes.bboxes, scores=torch.ones(len(boxes)))
     return data
 
 
@@ -256,9 +261,10 @@ def _steps(run: Run, name: str) -> None:
 
 def trained(name: str, cfg: Config, twin: nn.Module) -> tuple[dict, dict]:
     """The batch with which a copy of the twin makes a step, or why it makes none."""
-    for labels in ((False, 0), (True, 0), (True, 8), (True, 1)):  # what its losses want
+    labels = ((False, 0), (True, 0), (True, 8), (True, 1))  # what its losses want
+    for size, (masks, semantic) in product(SIZES, labels):
         run = Run(name)
-        data = run.tried('data', False, partial(batch, cfg, *labels))
+        data = run.tried('data', False, partial(batch, cfg, size, masks, semantic))
         run.tried('training step', False, partial(step, copy.deepcopy(twin), data))
         if not run.row['failed']:
             return data, {}

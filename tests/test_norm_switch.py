@@ -31,7 +31,8 @@ from psbn_mmdet.layers import (
     switch_norms,
 )
 from psbn_mmdet.norm_switch import switch_config
-from psbn_mmdet.preflight import PreflightError, load_config
+from psbn_mmdet.preflight import PreflightError, dicts, load_config
+from psbn_mmdet.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 # By architecture: a config, and what of it is not by norm_cfg.
@@ -402,6 +403,67 @@ def test_averages_checkpointing_and_wrapped_data(shrink, tmp_path):
     content = read_content(tmp_path / 'epoch_1.pth')
     for key in ('state_dict', 'ema_state_dict'):
         assert set(find_norm_states(content[key]).values()) == {'psBN'}
+
+
+def test_a_semi_supervised_training(coco_root, tmp_path):
+    """A student that is trained, and a teacher that is its average and gets no gradient."""
+    cfg = load_config('soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco')
+    cfg.merge_from_dict(
+        {
+            'model.detector.backbone.init_cfg': None,
+            'model.detector.backbone.depth': 18,
+            'model.detector.backbone.base_channels': 8,
+            'model.detector.backbone.frozen_stages': -1,
+            'model.detector.backbone.norm_eval': False,
+            'model.detector.backbone.norm_cfg': dict(type='BN', requires_grad=True),
+            'model.detector.neck.in_channels': [8, 16, 32, 64],
+            'model.detector.roi_head.bbox_head.num_classes': 4,
+            'model.detector.roi_head.bbox_head.fc_out_channels': 64,
+            'model.detector.train_cfg.rpn_proposal.max_per_img': 20,
+            'model.detector.train_cfg.rcnn.sampler.num': 16,
+            'model.detector.test_cfg.rpn.max_per_img': 20,
+            'train_dataloader.batch_size': 2,
+            'train_dataloader.num_workers': 0,
+            'train_dataloader.persistent_workers': False,
+            'train_dataloader.sampler.batch_size': 2,
+            'train_dataloader.sampler.source_ratio': [1, 1],
+            'train_cfg': dict(type='IterBasedTrainLoop', max_iters=3),
+            'default_hooks.checkpoint.interval': 3,
+            'custom_hooks': [dict(type='MeanTeacherHook'), dict(type='CollapseHook', interval=1)],
+            'work_dir': str(tmp_path),
+        }
+    )
+    for dataset in cfg.train_dataloader.dataset.datasets:
+        dataset.update(
+            data_root=f'{coco_root}/',
+            ann_file='annotations/train.json',
+            data_prefix=dict(img='train/'),
+            metainfo=dict(classes=('disc', 'square', 'triangle', 'cross')),
+        )
+        for _, part in dicts(dataset.pipeline, ''):
+            if part.get('type') == 'RandomResize':
+                part['scale'] = [(96, 64), (96, 96)]
+    for stage in ('val', 'test'):
+        for key in ('dataloader', 'evaluator', 'cfg'):
+            cfg[f'{stage}_{key}'] = None
+    switch_config(cfg, **options())
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    found = norms(runner.model)
+    assert {name.split('.')[0] for name in found} == {'student', 'teacher'}
+    assert all(isinstance(norm, PostShiftedBatchNorm) for norm in found.values())
+    for name, norm in runner.model.teacher.named_modules():
+        if isinstance(norm, PostShiftedBatchNorm):
+            student = runner.model.student.get_submodule(name)
+            assert not norm.beta.requires_grad
+            assert student.beta.any(), 'it is trained'
+            # The average, of which the first steps take much.
+            assert norm.beta.any() and (norm.beta - student.beta).abs().max() < 0.1
+    (record,) = tmp_path.glob('*/collapse.jsonl')
+    layers = read_records(record).header['layers']
+    assert len(layers) == 40
+    content = read_content(tmp_path / 'iter_3.pth')
+    assert len(find_norm_states(content['state_dict'])) == 40
 
 
 def test_autocasting_changes_nothing_but_rounding():
