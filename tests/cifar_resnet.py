@@ -26,17 +26,20 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-20 with 3 blocks in each of its three stages, ResNet-32 with 5."""
+    """ResNet-20 with 3 blocks in each of its three stages, ResNet-32 with 5, or narrower ones."""
 
-    def __init__(self, blocks: int):
+    def __init__(self, blocks: int, width: int = 16):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        for stage, (inputs, outputs, stride) in enumerate(((16, 16, 1), (16, 32, 2), (32, 64, 2))):
+        w = width
+        self.conv1 = nn.Conv2d(3, w, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(w)
+        for stage, (inputs, outputs, stride) in enumerate(
+            ((w, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2))
+        ):
             layer = [Block(inputs, outputs, stride)]
             layer += [Block(outputs, outputs, 1) for _ in range(blocks - 1)]
             setattr(self, f'layer{stage + 1}', nn.Sequential(*layer))
-        self.linear = nn.Linear(64, 10)
+        self.linear = nn.Linear(4 * w, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -328,26 +330,33 @@ def test_finetunings_are_paired_by_seed():
 def test_decay(work_dir, coco_root):
     run('decay', work_dir, '--drawn', coco_root)
     result = result_of('decay', work_dir)
-    assert [row['arm'] for row in rows_of(result['cells'])] == [
-        'BN, starts at 0.1',
-        'psBN, gamma x 20',
-    ]
+    arms = ['BN x 20, starts at 0.1', 'psBN, gamma x 20']
+    assert [row['arm'] for row in rows_of(result['cells'])] == arms
     assert all(0 <= row['AP'] <= row['AP50'] <= 1 for row in rows_of(result['runs']))
+    (best,) = rows_of(result['contrasts'])
+    assert all(arm in best['contrast'] for arm in arms) and best['verdict'] == 'one seed: open'
+    told = (work_dir / 'decay.md').read_text()
+    assert all(f'| {arm} | 1 | 0.' in told for arm in arms) and best['contrast'] in told
 
 
-def test_arms_of_the_decay_decay_what_their_names_say(tmp_path):
+def test_arms_of_the_decay_are_what_their_names_say(tmp_path):
     """By the optimiser that MMEngine builds, and by the biases that are loaded."""
     import decay
 
     for arm, expected in {
         'BN': (1, 1, 0.0),
+        'psBN x 5': (5, 5, 0.1),
         'psBN, gamma x 20': (20, 1, 0.1),
         'psBN, beta x 20': (1, 20, 0.1),
         'BN x 20, starts at 0.1': (20, 20, 0.1),
+        'psBN x 20, starts at 0': (20, 20, 0.0),
+        'psBN x 20, recovery': (20, 20, 0.1),
     }.items():
         file = tmp_path / 'arm.py'
         file.write_text(decay.config_of(arm, tmp_path))
         config = load_config(str(file))
+        hooks = [hook.type for hook in config.custom_hooks]
+        assert ('RecoveryHook' in hooks) == arm.endswith('recovery')
         with DefaultScope.overwrite_default_scope('mmdet'):
             model = model_of_config(config)
             optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
@@ -359,7 +368,102 @@ def test_arms_of_the_decay_decay_what_their_names_say(tmp_path):
         for norm in find_norms(model).values():
             shift = getattr(norm, 'beta', norm.bias)
             found = decayed[id(norm.weight)] / plain, decayed[id(shift)] / plain
-            assert (*found, norm.bias.mean().item()) == pytest.approx(expected), arm
+            assert (*found, norm.bias.mean().item()) == pytest.approx(expected, abs=1e-6), arm
+            assert norm.weight.mean() == 1 and norm.running_var.mean() == 1
+
+
+@pytest.fixture(scope='module')
+def cifar(tmp_path_factory) -> Path:
+    """Noise in the folders of CIFAR-10's classes."""
+    folder = tmp_path_factory.mktemp('cifar')
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
+    for name in ('train', 'test'):
+        with zipfile.ZipFile(folder / f'{name}.zip', 'w') as file:
+            for label, i in itertools.product(range(10), range(len(pixels))):
+                with file.open(f'{label}/{i:04}.jpg', 'w') as image:
+                    Image.fromarray(pixels[i]).save(image, 'JPEG')
+    return folder
+
+
+def test_cifar(work_dir, cifar):
+    run('cifar', work_dir, '--cifar', cifar)
+    result = result_of('cifar', work_dir)
+    arms = ['BN', 'psBN, recovery', 'BN, without them']
+    assert [row['arm'] for row in rows_of(result['cells'])] == arms
+    assert all(0 <= row['accuracy'] <= 1 for row in rows_of(result['runs']))
+    assert [row['contrast'].split(': ')[1] for row in rows_of(result['contrasts'])] == [
+        'what collapse costs',
+        'psBN with recovery over BN',
+    ]
+    told = (work_dir / 'cifar.md').read_text()
+    assert all(f'| half | SGD 1 | {arm} |' in told for arm in arms)
+    result = run('cifar', work_dir, '--cifar', 'nowhere')
+    assert 'nowhere has no train.zip: skipped' in result.stdout
+
+
+@pytest.mark.parametrize('arm', ['BN', 'psBN'])
+def test_what_is_taken_away_puts_out_nothing_and_what_is_constant_its_bias(arm):
+    import cifar
+
+    network = cifar.build(8, arm, 0).eval()
+    norm = network.layer1[0].bn1
+    norm.weight.data[2:4] = 1e-9
+    (norm.beta if arm == 'psBN' else norm.bias).data[2:4] = 0.3
+    image = torch.randn(2, 3, 32, 32)
+    seen = []
+    norm.register_forward_hook(lambda _, inputs, output: seen.append(output[:, 2:4].detach()))
+    whole = network(image)
+    mask = np.isin(np.arange(8), [2, 3])
+    cifar.make_constant(network, {'layer1.0.bn1': mask})
+    torch.testing.assert_close(network(image), whole)
+    cifar.take_away(network, {'layer1.0.bn1': mask})
+    assert not torch.allclose(network(image), whole)
+    assert seen[0].min() > 0 and torch.equal(seen[1], seen[1][:1].expand_as(seen[1]))
+    assert seen[2].abs().max() < 1e-7
+
+
+def test_images_are_shifted_and_flipped_whole():
+    import cifar
+
+    torch.manual_seed(0)
+    image = torch.arange(1, 32 * 32 + 1).view(1, 1, 32, 32).expand(40, 3, 32, 32)
+    seen = cifar.augmented(image)
+    assert seen.shape == image.shape
+    steps = set()
+    for i in range(40):
+        inner = seen[i, 0, 10:20, 10:20]
+        steps.add(int(inner[0, 1] - inner[0, 0]))
+        assert (inner[1:] - inner[:-1] == 32).all()
+    assert steps == {-1, 1}
+
+
+def test_a_contrast_is_paired_and_says_what_it_could_have_found():
+    better = {0: 0.51, 1: 0.62, 2: 0.73, 9: 0.0}
+    found = common.contrast('a over b', better, {0: 0.5, 1: 0.6, 2: 0.7})
+    half = 4.3027 * 0.01 / 3**0.5
+    assert (found['seeds'], found['mean']) == (3, pytest.approx(0.02))
+    assert (found['low'], found['high']) == pytest.approx((0.02 - half, 0.02 + half), rel=1e-3)
+    assert found['verdict'] == 'no difference seen'
+    # Such differences, centred on what is called detectable, have an interval above 0 in 80 %.
+    found['detectable'] = found['detectable'] * 3**0.5 / 0.01
+    draws = np.random.default_rng(0).normal(found['detectable'] / 3**0.5, 1, (4000, 3))
+    above = np.mean([common.mean_ci(row)[1] > 0 for row in draws])
+    assert above == pytest.approx(0.8, abs=0.1)
+    assert common.contrast('', {0: 1.0, 1: 1.1}, {0: 0.0, 1: 0.1})['verdict'] == 'higher'
+    assert common.contrast('', {0: 0.0, 1: 0.1}, {0: 1.0, 1: 1.1})['verdict'] == 'lower'
+
+
+@pytest.mark.parametrize('name', ['decay'])
+def test_the_page_tells_what_the_kept_results_say(name):
+    """Its tables and verdicts are put there by the script."""
+    result = json.loads((ROOT / f'benchmarks/results/evidence/{name}.json').read_text())
+    page = (ROOT / 'docs/evidence.md').read_text()
+    told = page.split(f'<!-- {name} -->')[1].split(f'<!-- end of {name} -->')[0]
+    contrasts = rows_of(result['contrasts'])
+    assert contrasts
+    for row in contrasts:
+        (line,) = (line for line in told.splitlines() if row['contrast'] in line)
+        assert f'**{row["verdict"]}**' in line and f'{row["mean"]:+.3f}' in line
 
 
 def test_alpha(work_dir):

@@ -114,6 +114,19 @@ class Experiment:
         (folder / f'{self.name}.json').write_text('{\n' + lines + '\n}\n')
         print(f'{self.name}: results in {folder}')
 
+    def tell(self, markdown: str) -> None:
+        """Put tables and verdicts where docs/evidence.md has the comments of this experiment."""
+        if self.quick:
+            (self.work_dir / f'{self.name}.md').write_text(markdown)
+            return
+        page = ROOT / 'docs/evidence.md'
+        begin, end = f'<!-- {self.name} -->\n', f'<!-- end of {self.name} -->'
+        before, _, rest = page.read_text().partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f'{page.name} has no {begin.strip()} and {end}')
+        page.write_text(f'{before}{begin}{markdown}{end}{after}')
+
     def save(self, figure: Figure) -> None:
         """Write the figure."""
         folder = self.work_dir if self.quick else ROOT / 'docs/images'
@@ -192,6 +205,48 @@ def mean_ci(values: Sequence[float]) -> list[float]:
         return [_short(mean), None, None]
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return [_short(v) for v in (mean, float(mean - half), float(mean + half))]
+
+
+def contrast(name: str, larger: dict[int, float], smaller: dict[int, float]) -> dict:
+    """The difference of two arms, paired by the seeds that both have, and what follows from it.
+
+    ``detectable`` is the true difference that such a comparison finds 4 times in 5: (t(0.975) +
+    t(0.8)) standard errors.
+    """
+    seeds = sorted(larger.keys() & smaller.keys())
+    values = [larger[seed] - smaller[seed] for seed in seeds]
+    mean, low, high = mean_ci(values)
+    row = {'contrast': name, 'seeds': len(seeds), 'mean': mean, 'low': low, 'high': high}
+    if low is None:
+        return {**row, 'detectable': None, 'verdict': 'one seed: open'}
+    free = len(seeds) - 1
+    factor = 1 + stats.t.ppf(0.8, free) / stats.t.ppf(0.975, free)
+    row['detectable'] = _short(float(factor * (high - low) / 2))
+    kind = 'no difference seen' if low <= 0 <= high else 'higher' if low > 0 else 'lower'
+    return {**row, 'verdict': kind}
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table, its first column to the left."""
+    lines = [columns, ['---'] + ['---:'] * (len(columns) - 1), *rows]
+    return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines)
+
+
+def contrasts_table(contrasts: Sequence[dict], unit: str) -> str:
+    """What :func:`contrast` found, as Markdown."""
+    return markdown_table(
+        ['', 'seeds', f'{unit}, difference', '95 % interval', 'found 4 times in 5', 'verdict'],
+        [
+            [c['contrast'], c['seeds'], f'{c["mean"]:+.3f}']
+            + (
+                ['', '']
+                if c['low'] is None
+                else [f'{c["low"]:+.3f} to {c["high"]:+.3f}', f'{c["detectable"]:.3f}']
+            )
+            + [f'**{c["verdict"]}**']
+            for c in contrasts
+        ],
+    )
 
 
 def share_ci(count: int, total: int) -> list[float]:

@@ -1,59 +1,106 @@
 """A detector from scratch: what a larger weight decay on gamma and beta does, and by what.
 
 The demo's Faster R-CNN on the drawn data with BN and psBN, with the weight decay of all other
-parameters and with 20 times that on both, on gamma alone and on beta alone; and BN whose biases
-start at psBN's 0.1. Each run is one of tools/train.py.
+parameters and with 5, 20 and 50 times that on gamma and beta; with 20 times on gamma or on beta
+alone; BN whose biases start at psBN's 0.1 (the start without the mechanism) and psBN whose b starts
+at BN's 0 (the mechanism without the start); psBN with recovery. Each run is one of tools/train.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import BLUE, GREY, ORANGE, RED, ROOT, Experiment, mean_ci, table
+from common import (
+    BLUE,
+    GREY,
+    ORANGE,
+    RED,
+    ROOT,
+    Experiment,
+    contrast,
+    contrasts_table,
+    markdown_table,
+    mean_ci,
+    table,
+)
 from detection import OPTIONS, QUICK, drawn_data, outcome, train
 from matplotlib.figure import Figure
 from mmengine.registry import DefaultScope
 
 from psbn_mmdet.checkpoints.config_model import model_of_config
 from psbn_mmdet.collapse import find_norms
+from psbn_mmdet.layers import PostShiftedBatchNorm
 from psbn_mmdet.preflight import load_config
 
 SHIFT = 0.1
-# The norm, what of it is decayed 20 times as much, and where the bias b starts.
+MANY, FEW = 5, 2  # seeds: of the arms that answer the question, and of the others
+
+
+class Arm(NamedTuple):
+    """One kind of run: how many times gamma and beta are decayed, and where the bias b starts."""
+
+    norm: str
+    gamma: float = 1
+    beta: float = 1
+    start: float | None = None  # None is the norm's own
+    recovery: bool = False
+    seeds: int = FEW
+
+
 ARMS = {
-    'BN': ('bn', '', 0.0),
-    'psBN': ('psbn', '', SHIFT),
-    'BN, starts at 0.1': ('bn', '', SHIFT),
-    'BN x 20': ('bn', 'both', 0.0),
-    'psBN x 20': ('psbn', 'both', SHIFT),
-    'BN x 20, starts at 0.1': ('bn', 'both', SHIFT),
-    'psBN, gamma x 20': ('psbn', 'gamma', SHIFT),
-    'psBN, beta x 20': ('psbn', 'beta', SHIFT),
+    'BN': Arm('bn'),
+    'psBN': Arm('psbn'),
+    'BN, starts at 0.1': Arm('bn', start=SHIFT),
+    'BN x 5': Arm('bn', 5, 5),
+    'psBN x 5': Arm('psbn', 5, 5),
+    'BN x 20': Arm('bn', 20, 20, seeds=MANY),
+    'BN x 20, starts at 0.1': Arm('bn', 20, 20, start=SHIFT, seeds=MANY),
+    'psBN x 20': Arm('psbn', 20, 20, seeds=MANY),
+    'psBN x 20, starts at 0': Arm('psbn', 20, 20, start=0.0, seeds=MANY),
+    'psBN x 20, recovery': Arm('psbn', 20, 20, recovery=True),
+    'psBN, gamma x 20': Arm('psbn', gamma=20),
+    'psBN, beta x 20': Arm('psbn', beta=20),
+    'BN x 50': Arm('bn', 50, 50),
+    'psBN x 50': Arm('psbn', 50, 50),
 }
-SEEDS = 2
-TIMES = 20
+CONTRASTS = {
+    'psBN x 20 over BN x 20': ('psBN x 20', 'BN x 20'),
+    'the start alone: BN that starts at 0.1 over BN': ('BN x 20, starts at 0.1', 'BN x 20'),
+    'the mechanism alone: psBN that starts at 0 over BN': ('psBN x 20, starts at 0', 'BN x 20'),
+    'the mechanism given the start: psBN over BN that starts at 0.1': (
+        'psBN x 20',
+        'BN x 20, starts at 0.1',
+    ),
+}
 
 
-def config_of(arm: str, folder: Path) -> str:
+def config_of(name: str, folder: Path) -> str:
     """The arm as a config on top of the demo's; what it starts from goes to a folder."""
-    norm, decayed, start = ARMS[arm]
-    paramwise: dict[str, object] = {'norm_decay_mult': TIMES if decayed in ('both', 'gamma') else 1}
-    if decayed in ('gamma', 'beta'):
-        paramwise['custom_keys'] = {'beta': {'decay_mult': TIMES if decayed == 'beta' else 1}}
-    base = ROOT / f'demo/faster-rcnn_r18_fpn_{norm}_demo.py'
+    arm = ARMS[name]
+    base = ROOT / f'demo/faster-rcnn_r18_fpn_{arm.norm}_demo.py'
+    paramwise: dict[str, object] = {'norm_decay_mult': arm.gamma}
+    if arm.beta != arm.gamma:
+        paramwise['custom_keys'] = {'beta': {'decay_mult': arm.beta}}
+    hooks = "dict(type='CollapseHook', interval=50)"
+    if arm.recovery:
+        hooks += ", dict(type='RecoveryHook')"
     text = f"""_base_ = {str(base)!r}
-custom_hooks = [dict(type='CollapseHook', interval=50)]
+custom_hooks = [{hooks}]
 optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, **{paramwise}))
 """
-    if norm == 'bn' and start:
-        biases = folder / 'biases.pth'
+    if arm.start is not None:
+        biases = folder / f'{arm.norm}_{arm.start}.pth'
         with DefaultScope.overwrite_default_scope('mmdet'):
-            model = model_of_config(load_config(str(base)))
-        state = {
-            f'{name}.bias': torch.full_like(n.bias, start) for name, n in find_norms(model).items()
-        }
+            norms = find_norms(model_of_config(load_config(str(base))))
+        state = {}
+        for layer, norm in norms.items():
+            is_psbn = isinstance(norm, PostShiftedBatchNorm)
+            own = norm.beta if is_psbn else norm.bias
+            torch.nn.init.constant_(own, arm.start - (SHIFT if is_psbn else 0))
+            state |= {f'{layer}.{key}': value for key, value in norm.state_dict().items()}
         torch.save({'state_dict': state}, biases)
         text += f'load_from = {str(biases)!r}\n'
     return text
@@ -78,34 +125,69 @@ def main() -> None:
             checkpoint.unlink()
         return [outcome(work_dir)]
 
-    arms = ['BN, starts at 0.1', 'psBN, gamma x 20'] if experiment.quick else list(ARMS)
-    seeds = range(1 if experiment.quick else SEEDS)
-    settings = [dict(arm=arm, seed=seed) for seed in seeds for arm in arms]
+    arms = ['BN x 20, starts at 0.1', 'psBN, gamma x 20'] if experiment.quick else list(ARMS)
+    most = 1 if experiment.quick else MANY
+    settings = [
+        dict(arm=arm, seed=seed) for seed in range(most) for arm in arms if seed < ARMS[arm].seeds
+    ]
     runs = experiment.run(settings, run, int(experiment.args.jobs))
     rows = [{**setting, **found} for setting, (found,) in runs]
-    cells = []
-    for arm in arms:
-        mine = [row for row in rows if row['arm'] == arm]
-        collapsed = float(np.mean([row['collapsed'] for row in mine]))
-        mean, low, high = mean_ci([row['AP'] for row in mine])
-        cells.append(
-            {'arm': arm, 'seeds': len(mine), 'AP': mean, 'low': low, 'high': high}
-            | {'collapsed': collapsed}
-        )
-    experiment.write(cells=table(cells), runs=table(rows))
+    cells, contrasts = compare(rows)
+    experiment.write(cells=table(cells), contrasts=table(contrasts), runs=table(rows))
     experiment.save(draw(cells, rows))
+    experiment.tell(
+        markdown_table(
+            ['', 'seeds', 'AP', 'collapsed at the end', 'collapsed on the way', 'revived'],
+            [
+                [c['arm'], c['seeds'], f'{c["AP"]:.3f}']
+                + [f'{c[name]:.0f}' for name in ('collapsed', 'new', 'revived')]
+                for c in cells
+            ],
+        )
+        + '\n'
+        + contrasts_table(contrasts, 'AP')
+    )
+
+
+def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The arms' means, and the contrasts, with the best of psBN over the best of BN at last."""
+    cells = []
+    scores: dict[str, dict[int, float]] = {}
+    for row in rows:
+        scores.setdefault(row['arm'], {})[row['seed']] = row['AP']
+    for arm, of_seed in scores.items():
+        mine = [row for row in rows if row['arm'] == arm]
+        mean, low, high = mean_ci(list(of_seed.values()))
+        counts = {k: float(np.mean([r[k] for r in mine])) for k in ('collapsed', 'new', 'revived')}
+        cells.append(
+            {'arm': arm, 'seeds': len(mine), 'AP': mean, 'low': low, 'high': high, **counts}
+        )
+    pairs = {name: pair for name, pair in CONTRASTS.items() if set(pair) <= scores.keys()}
+    best = {
+        norm: max((c for c in cells if ARMS[c['arm']].norm == norm), key=lambda c: c['AP'])['arm']
+        for norm in ('psbn', 'bn')
+        if any(ARMS[arm].norm == norm for arm in scores)
+    }
+    if len(best) == 2:
+        pairs[f'the best psBN ({best["psbn"]}) over the best BN ({best["bn"]})'] = (
+            best['psbn'],
+            best['bn'],
+        )
+    return cells, [
+        contrast(name, scores[larger], scores[smaller]) for name, (larger, smaller) in pairs.items()
+    ]
 
 
 def draw(cells: list[dict], rows: list[dict]) -> Figure:
     """AP of each run by arm, and how many filters are collapsed at its end."""
-    figure = Figure(figsize=(9, 4), layout='constrained')
+    figure = Figure(figsize=(9, 5), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     arms = [cell['arm'] for cell in cells]
     for row in rows:
         y = arms.index(row['arm'])
         colour = RED if row['arm'].startswith('BN') else BLUE
-        left.plot(row['AP'], y, 'o', color=colour)
-        right.plot(row['collapsed'], y, 'o', color=ORANGE)
+        left.plot(row['AP'], y, 'o', color=colour, ms=4)
+        right.plot(row['collapsed'], y, 'o', color=ORANGE, ms=4)
     left.plot([cell['AP'] for cell in cells], range(len(arms)), '|', ms=14, color=GREY)
     left.set_yticks(range(len(arms)), arms)
     left.invert_yaxis()

@@ -67,7 +67,8 @@ from cifar_resnet import CifarResNet
 
 TAU = 1e-3
 ARMS = ('BN', 'psBN', 'psBN, revive', 'psBN, recovery')
-RECOVERY = dict(steps=100, window=10)  # as in detection.py; of the public networks alone
+RECOVERY_STEPS = 100  # as in detection.py; of the public networks alone
+WINDOW_OF_HOOK = 10
 COLLAPSING = dict(lr=1.0, weight_decay=5e-4)
 RESNETS = {'resnet20': (3, 'resnet20-12fca82f.th'), 'resnet32': (5, 'resnet32-d509ac18.th')}
 BATCH = 16  # crops
@@ -279,7 +280,7 @@ def on_cells(
     late = GradientWatch([optimizer], norms)
     late.active = False
     if arm == 'psBN, recovery':
-        recover(model, optimizer)
+        recover(model, optimizer, RECOVERY_STEPS)
     model.train()
     for step in range(steps):
         chosen = torch.randint(len(cells.train[1]), (BATCH,))
@@ -317,7 +318,7 @@ def on_cells(
     return [{'filters': rows, 'networks': [{'seed': seed, 'accuracy': score}]}]
 
 
-def recover(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def recover(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Recovery:
     """What RecoveryHook does in a Runner."""
     modules = dict(model.named_modules())
     with torch.no_grad(), RectifierTrace(model.eval()) as trace:
@@ -333,7 +334,7 @@ def recover(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     def failed(error: Exception) -> None:
         raise error
 
-    Recovery([optimizer], find_norms(model), witness, **RECOVERY, around=around, failed=failed)
+    return Recovery([optimizer], find_norms(model), witness, steps, WINDOW_OF_HOOK, around, failed)
 
 
 def sizes_around(network: str, checkpoints: str) -> list[dict]:

@@ -1,0 +1,398 @@
+"""CIFAR-10: what collapse costs a classifier, what psBN and recovery save of it.
+
+ResNet-20 and one of half its width, from scratch on a quarter of the images with crops and flips, a
+cosine schedule to 0: SGD at the usual rate and at ten times that, and Adam. Besides BN, psBN and
+psBN with recovery, BN whose biases start at psBN's 0.1 (the start without the mechanism), and BN
+without the filters that collapsed with BN: as many are taken away in each layer from the first
+step on, which bounds what any cure can gain.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+import zipfile
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    ROOT,
+    Experiment,
+    contrast,
+    contrasts_table,
+    markdown_table,
+    mean_ci,
+    table,
+)
+from matplotlib.figure import Figure
+from PIL import Image
+from recovery import CIFAR_MEAN, CIFAR_STD, recover
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from psbn_mmdet.collapse import GradientWatch, census_of_model, find_norms, trace_structure
+from psbn_mmdet.layers import switch_norms
+
+sys.path.insert(0, str(ROOT / 'tests'))
+from cifar_resnet import CifarResNet
+
+BATCH = 128
+WINDOW = 100  # last steps, in which a trapped filter gets no gradient
+WEIGHT_DECAY = 5e-4
+WIDTHS = {'half': 8, 'ResNet-20': 16}
+REGIMES = {
+    'SGD 0.1': partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=WEIGHT_DECAY),
+    'SGD 1': partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=WEIGHT_DECAY),
+    'Adam 0.01': partial(torch.optim.Adam, lr=0.01, weight_decay=WEIGHT_DECAY),
+}
+WITHOUT = 'BN, without them'
+COLOURS = {
+    'BN': RED,
+    'BN, starts at 0.1': ORANGE,
+    'psBN': BLUE,
+    'psBN, recovery': GREEN,
+    WITHOUT: GREY,
+}
+CONTRASTS = {
+    'what collapse costs: BN without them over BN': (WITHOUT, 'BN'),
+    'the start alone: BN that starts at 0.1 over BN': ('BN, starts at 0.1', 'BN'),
+    'psBN over BN': ('psBN', 'BN'),
+    'psBN over BN that starts at 0.1': ('psBN', 'BN, starts at 0.1'),
+    'psBN with recovery over BN': ('psBN, recovery', 'BN'),
+}
+OPTIONS = [
+    ('--cifar', '../shared/data/cifar10', 'folder of train.zip and test.zip, images by class'),
+    ('--networks', 'half', 'networks, with commas'),
+    ('--seeds', '3', 'seeds of each arm'),
+    ('--jobs', '2', 'runs at a time'),
+]
+
+
+@cache
+def load_images(path: Path, each: int | None) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) of uint8, the first of each class, and their labels."""
+    images, labels = [], []
+    with zipfile.ZipFile(path) as file:
+        names = sorted(name for name in file.namelist() if name.endswith('.jpg'))
+        classes = sorted({name.split('/')[0] for name in names})
+        taken = [0] * len(classes)
+        for name in names:
+            label = classes.index(name.split('/')[0])
+            taken[label] += 1
+            if each is None or taken[label] <= each:
+                images.append(np.asarray(Image.open(io.BytesIO(file.read(name))).convert('RGB')))
+                labels.append(label)
+    return torch.tensor(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """As floats with the mean 0 and the deviation 1, about."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CIFAR_MEAN, CIFAR_STD))
+    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def augmented(images: Tensor) -> Tensor:
+    """Each image shifted by up to 4 pixels, and half of them flipped."""
+    padded = F.pad(images, (4, 4, 4, 4))
+    count = len(images)
+    across = torch.arange(32).expand(count, 32) + torch.randint(9, (count, 1))
+    across = torch.where(torch.rand(count, 1) < 0.5, across, across.flip(1))
+    down = torch.arange(32).expand(count, 32) + torch.randint(9, (count, 1))
+    rows = torch.arange(count)[:, None, None, None]
+    channels = torch.arange(3)[None, :, None, None]
+    return padded[rows, channels, down[:, None, :, None], across[:, None, None, :]]
+
+
+def build(width: int, arm: str, seed: int) -> CifarResNet:
+    """A network as it starts; all arms of a seed have the same weights."""
+    torch.manual_seed(seed)
+    network = CifarResNet(3, width)
+    if arm.startswith('psBN'):
+        switch_norms(network, 'psBN')
+    elif arm == 'BN, starts at 0.1':
+        for norm in find_norms(network).values():
+            nn.init.constant_(norm.bias, 0.1)
+    return network.to(memory_format=torch.channels_last)
+
+
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of right answers."""
+    network.eval()
+    with torch.no_grad():
+        right = [
+            network(normalised(part)).argmax(1) == truth
+            for part, truth in zip(images.split(500), labels.split(500))
+        ]
+    return float(torch.cat(right).double().mean())
+
+
+@torch.no_grad()
+def take_away(network: nn.Module, masks: dict[str, np.ndarray]) -> None:
+    """Let filters put out nothing, in place: gamma and b become 0."""
+    for name, mask in masks.items():
+        norm = network.get_submodule(name)
+        chosen = torch.from_numpy(mask)
+        norm.weight[chosen] = 0
+        if hasattr(norm, 'beta'):
+            norm.beta[chosen] = -norm.shift_value
+        else:
+            norm.bias[chosen] = 0
+
+
+@torch.no_grad()
+def make_constant(network: nn.Module, masks: dict[str, np.ndarray]) -> None:
+    """Let filters put out their b alone, in place: gamma becomes 0."""
+    for name, mask in masks.items():
+        network.get_submodule(name).weight[torch.from_numpy(mask)] = 0
+
+
+def first_of_each(counts: dict[str, int], network: nn.Module) -> dict[str, np.ndarray]:
+    """Masks of as many filters as are counted in each layer."""
+    norms = find_norms(network)
+    return {name: np.arange(norms[name].num_features) < n for name, n in counts.items()}
+
+
+def fit(
+    network: nn.Module,
+    optimizer: Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    away: dict[str, np.ndarray],
+    late: GradientWatch,
+) -> None:
+    """Train; the gradients of the last steps are watched."""
+    steps = epochs * (len(images) // BATCH)
+    (lr,) = (group['lr'] for group in optimizer.param_groups)
+    late.active = False
+    network.train()
+    step = 0
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).split(BATCH):
+            if len(chosen) < BATCH:
+                continue
+            loss = F.cross_entropy(network(normalised(augmented(images[chosen]))), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            late.active = step >= steps - WINDOW
+            optimizer.param_groups[0]['lr'] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.step()
+            take_away(network, away)
+            step += 1
+
+
+def run(
+    network: str,
+    regime: str,
+    arm: str,
+    seed: int,
+    epochs: int,
+    each: int | None,
+    folder: str,
+    lost: dict[str, int] | None = None,
+) -> list[dict]:
+    """Train one network and look at its filters."""
+    torch.set_num_threads(1)
+    images, labels = load_images(Path(folder) / 'train.zip', each)
+    test = load_images(Path(folder) / 'test.zip', each if each and each < 100 else None)
+    model = build(WIDTHS[network], arm, seed)
+    structure = trace_structure(model, torch.randn(2, 3, 32, 32))
+    optimizer = REGIMES[regime](model.parameters())
+    norms = find_norms(model)
+    late = GradientWatch([optimizer], norms)
+    recovery = recover(model, optimizer, steps=500) if arm == 'psBN, recovery' else None
+    away = first_of_each(lost or {}, model)
+    take_away(model, away)
+    torch.manual_seed(seed)
+    fit(model, optimizer, images, labels, epochs, away, late)
+    census = census_of_model(model, rectifiers=structure.rectifiers, trapped=late.trapped())
+    collapsed = {layer.name: layer.collapsed for layer in census.layers}
+    row = {
+        'accuracy': accuracy(model, *test),
+        'filters': sum(len(layer.gamma) for layer in census.layers),
+        **{kind: census.count(kind) for kind in ('collapsed', 'vanished', 'dead', 'trapped')},
+        'by_layer': {name: int(mask.sum()) for name, mask in collapsed.items()},
+    }
+    if recovery is not None:
+        opened = {name: mask.numpy() for name, mask in recovery.opened().items()}
+        row |= contribution(model, opened, *test, row['accuracy'])
+    # Last, since it changes the network: filters that pass nothing pass nothing without gamma.
+    make_constant(model, collapsed)
+    row['pruned'] = accuracy(model, *test)
+    return [row]
+
+
+def contribution(
+    model: nn.Module, opened: dict[str, np.ndarray], images: Tensor, labels: Tensor, whole: float
+) -> dict:
+    """How much accuracy goes with the recovered filters, and with as many others."""
+    found = {'recovered': sum(int(mask.sum()) for mask in opened.values())}
+    others = {}
+    generator = np.random.default_rng(0)
+    for name, mask in opened.items():
+        others[name] = np.zeros_like(mask)
+        free = np.flatnonzero(~mask)
+        chosen = generator.choice(free, min(len(free), mask.sum()), replace=False)
+        others[name][chosen] = True
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for key, masks in (('recovered_worth', opened), ('others_worth', others)):
+        take_away(model, masks)
+        found[key] = whole - accuracy(model, images, labels)
+        model.load_state_dict(state)
+    return found
+
+
+def in_process(**setting: object) -> list[dict]:
+    """In a process of its own, so that two train at a time."""
+    with get_context('spawn').Pool(1) as pool:
+        return pool.apply(run, kwds=setting)
+
+
+def main() -> None:
+    """Train, write."""
+    experiment = Experiment('cifar', __doc__, OPTIONS)
+    folder = Path(experiment.args.cifar)
+    if not (folder / 'train.zip').is_file():
+        print(f'cifar: {folder} has no train.zip: skipped')
+        return
+    size = dict(epochs=24, each=1250)  # a quarter of the images
+    networks, regimes = experiment.args.networks.split(','), list(REGIMES)
+    arms = [arm for arm in COLOURS if arm != WITHOUT]
+    seeds = int(experiment.args.seeds)
+    if experiment.quick:
+        size, regimes, seeds = dict(epochs=1, each=13), ['SGD 1'], 1
+        arms = ['BN', 'psBN, recovery']
+    settings = [
+        dict(network=network, regime=regime, arm=arm, seed=seed, **size)
+        for seed in range(seeds)
+        for regime in regimes
+        for network in networks
+        for arm in arms
+    ]
+    jobs = int(experiment.args.jobs)
+    do = partial(in_process, folder=str(folder))
+    runs = experiment.run(settings, do, jobs)
+    lost = {
+        (s['network'], s['regime'], s['seed']): rows[0]['by_layer']
+        for s, rows in runs
+        if s['arm'] == 'BN'
+    }
+    settings = [
+        {**s, 'arm': WITHOUT, 'lost': lost[s['network'], s['regime'], s['seed']]}
+        for s in settings
+        if s['arm'] == 'BN'
+    ]
+    runs += experiment.run(settings, do, jobs)
+    rows = [{**setting, **found} for setting, (found,) in runs]
+    for row in rows:
+        row.pop('lost', None)
+    cells, contrasts = compare(rows)
+    columns = ('accuracy', 'pruned', 'collapsed', 'vanished', 'dead', 'trapped')
+    extra = ('recovered', 'recovered_worth', 'others_worth')
+    experiment.write(
+        cells=table(cells),
+        contrasts=table(contrasts),
+        runs=table(
+            [
+                {key: row.get(key) for key in (*settings[0], *columns, *extra) if key != 'lost'}
+                for row in rows
+            ]
+        ),
+    )
+    experiment.save(draw(cells))
+    experiment.tell(as_markdown(cells, contrasts))
+
+
+def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The arms' means in each network and regime, and their contrasts."""
+    cells, contrasts = [], []
+    for network, regime in dict.fromkeys((row['network'], row['regime']) for row in rows):
+        scores: dict[str, dict[int, float]] = {}
+        for arm in COLOURS:
+            mine = [
+                row
+                for row in rows
+                if (row['network'], row['regime'], row['arm']) == (network, regime, arm)
+            ]
+            if not mine:
+                continue
+            scores[arm] = {row['seed']: 100 * row['accuracy'] for row in mine}
+            mean, low, high = mean_ci(list(scores[arm].values()))
+            cell = {'network': network, 'regime': regime, 'arm': arm, 'seeds': len(mine)}
+            cell |= {'accuracy': mean, 'low': low, 'high': high, 'filters': mine[0]['filters']}
+            for name in ('collapsed', 'trapped', 'recovered'):
+                cell[name] = float(np.mean([row.get(name) or 0 for row in mine]))
+            cell['pruning'] = 100 * max(abs(row['accuracy'] - row['pruned']) for row in mine)
+            for name in ('recovered_worth', 'others_worth'):
+                cell[name] = 100 * float(np.mean([row.get(name) or 0 for row in mine]))
+            cells.append(cell)
+        contrasts += [
+            contrast(f'{network}, {regime}: {name}', scores[larger], scores[smaller])
+            for name, (larger, smaller) in CONTRASTS.items()
+            if larger in scores and smaller in scores
+        ]
+    return cells, contrasts
+
+
+def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:
+    """The tables of the page."""
+    first = markdown_table(
+        [
+            '',
+            '',
+            '',
+            'accuracy, %',
+            'collapsed',
+            'trapped',
+            'recovered',
+            'pruning changes, at most',
+        ],
+        [
+            [c['network'], c['regime'], c['arm'], f'{c["accuracy"]:.2f}']
+            + [f'{c[name]:.0f}' for name in ('collapsed', 'trapped', 'recovered')]
+            + [f'{c["pruning"]:.2f}']
+            for c in cells
+        ],
+    )
+    return first + '\n' + contrasts_table(contrasts, '%')
+
+
+def draw(cells: list[dict]) -> Figure:
+    """Accuracy over collapsed filters, by network and regime."""
+    panels = list(dict.fromkeys((cell['network'], cell['regime']) for cell in cells))
+    figure = Figure(figsize=(3.2 * len(panels), 3.6), layout='constrained')
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for ax, (network, regime) in zip(axes, panels):
+        for cell in cells:
+            if (cell['network'], cell['regime']) != (network, regime):
+                continue
+            low, high = (cell[end] or cell['accuracy'] for end in ('low', 'high'))
+            ax.errorbar(
+                cell['collapsed'],
+                cell['accuracy'],
+                yerr=[[cell['accuracy'] - low], [high - cell['accuracy']]],
+                fmt='o',
+                color=COLOURS[cell['arm']],
+                label=cell['arm'],
+            )
+        ax.set_title(f'{network}, {regime}', fontsize=10)
+        ax.set_xlabel('collapsed filters at the end')
+        ax.grid(alpha=0.3, lw=0.5)
+    axes[0].set_ylabel('accuracy, % (mean, 95 % CI)')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5)
+    figure.suptitle('CIFAR-10, a quarter of the images, from scratch')
+    return figure
+
+
+if __name__ == '__main__':
+    main()
