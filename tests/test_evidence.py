@@ -396,7 +396,7 @@ def test_cifar(work_dir, cifar):
         'psBN with recovery over BN',
     ]
     told = (work_dir / 'cifar.md').read_text()
-    assert all(f'| half | SGD 1 | {arm} |' in told for arm in arms)
+    assert all(f'| half | SGD 0.5 | {arm} |' in told for arm in arms)
     result = run('cifar', work_dir, '--cifar', 'nowhere')
     assert 'nowhere has no train.zip: skipped' in result.stdout
 

@@ -1,7 +1,7 @@
 """CIFAR-10: what collapse costs a classifier, what psBN and recovery save of it.
 
 ResNet-20 and one of half its width, from scratch on a quarter of the images with crops and flips, a
-cosine schedule to 0: SGD at the usual rate and at ten times that, and Adam. Besides BN, psBN and
+cosine schedule to 0: SGD at the usual rate and at five times that, and Adam at a large one. Besides BN, psBN and
 psBN with recovery, BN whose biases start at psBN's 0.1 (the start without the mechanism), and BN
 without the filters that collapsed with BN: as many are taken away in each layer from the first
 step on, which bounds what any cure can gain.
@@ -52,8 +52,8 @@ WEIGHT_DECAY = 5e-4
 WIDTHS = {'half': 8, 'ResNet-20': 16}
 REGIMES = {
     'SGD 0.1': partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=WEIGHT_DECAY),
-    'SGD 1': partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=WEIGHT_DECAY),
-    'Adam 0.01': partial(torch.optim.Adam, lr=0.01, weight_decay=WEIGHT_DECAY),
+    'SGD 0.5': partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=WEIGHT_DECAY),
+    'Adam 0.03': partial(torch.optim.Adam, lr=0.03, weight_decay=WEIGHT_DECAY),
 }
 WITHOUT = 'BN, without them'
 COLOURS = {
@@ -265,12 +265,12 @@ def main() -> None:
     if not (folder / 'train.zip').is_file():
         print(f'cifar: {folder} has no train.zip: skipped')
         return
-    size = dict(epochs=24, each=1250)  # a quarter of the images
+    size = dict(epochs=20, each=1250)  # a quarter of the images
     networks, regimes = experiment.args.networks.split(','), list(REGIMES)
     arms = [arm for arm in COLOURS if arm != WITHOUT]
     seeds = int(experiment.args.seeds)
     if experiment.quick:
-        size, regimes, seeds = dict(epochs=1, each=13), ['SGD 1'], 1
+        size, regimes, seeds = dict(epochs=1, each=13), ['SGD 0.5'], 1
         arms = ['BN', 'psBN, recovery']
     settings = [
         dict(network=network, regime=regime, arm=arm, seed=seed, **size)
