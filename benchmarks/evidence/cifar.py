@@ -1,10 +1,10 @@
 """CIFAR-10: what collapse costs a classifier, what psBN and recovery save of it.
 
 ResNet-20 and one of half its width, from scratch on a quarter of the images with crops and flips, a
-cosine schedule to 0: SGD at the usual rate and at five times that, and Adam at a large one. Besides BN, psBN and
-psBN with recovery, BN whose biases start at psBN's 0.1 (the start without the mechanism), and BN
-without the filters that collapsed with BN: as many are taken away in each layer from the first
-step on, which bounds what any cure can gain.
+cosine schedule to 0: SGD at the usual rate and at five times that, and Adam at a large one. Besides
+BN, psBN and psBN with recovery, BN whose biases start at psBN's 0.1 (the start without the
+mechanism), and BN without the filters that collapsed with BN: as many are taken away in each layer
+from the first step on, which bounds what any cure can gain.
 """
 
 from __future__ import annotations
