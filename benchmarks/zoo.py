@@ -19,10 +19,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -49,7 +52,9 @@ from psbn_mmdet.preflight import dicts, load_config, type_name  # noqa: E402
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim/configs'
 SECONDS = 300  # for one model
+TASKS = 10  # of a process, whose memory grows
 CLOSE = 1e-4  # of outputs, relative to the largest
+PART = 'no model'  # what some configs add to others
 SIZES = (128, 256, 384)  # of the images; some models need larger ones
 FEW = {'max_per_img': 20, 'nms_pre': 200}  # boxes, which cost time and tell nothing of norms
 
@@ -136,6 +141,20 @@ def difference_of_norms(ours: nn.Module, twin: nn.Module, data: dict) -> float:
     return max(found)
 
 
+@torch.no_grad()
+def calibrate(model: nn.Module, data: dict) -> None:
+    """Give the norms the statistics of a batch, without which activations grow by each layer."""
+    norms = [m for m in model.eval().modules() if isinstance(m, _BatchNorm)]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    try:
+        forward(model, data, 'tensor')
+    finally:
+        for norm, momentum in zip(norms, usual):
+            norm.eval().momentum = momentum
+
+
 def step(model: nn.Module, data: dict) -> RectifierTrace:
     """One training step by SGD; what follows each norm is watched."""
     model.train()
@@ -198,6 +217,26 @@ def of_config(name: str) -> dict:
             sys.stdout, sys.stderr = kept
             signal.alarm(0)
     return {**run.row, 'seconds': round(time.perf_counter() - started, 1)}
+
+
+_thread = threading.local()
+
+
+def in_worker(name: str) -> dict:
+    """Try one config in a process beside, which a crash in a library's own code may end."""
+    worker = getattr(_thread, 'worker', None)
+    if worker is None or _thread.tasks == TASKS:
+        if worker is not None:
+            worker.shutdown()
+        _thread.tasks = 0
+        worker = _thread.worker = ProcessPoolExecutor(1, get_context('spawn'))
+    _thread.tasks += 1
+    try:
+        return worker.submit(of_config, name).result()
+    except BrokenProcessPool:
+        _thread.worker = None
+        why = 'the process was ended, such as by a segmentation fault'
+        return {**Run(name).row, 'failed': 'baseline', 'stage': 'process', 'why': why}
 
 
 def _steps(run: Run, name: str) -> None:
@@ -265,6 +304,8 @@ def trained(name: str, cfg: Config, twin: nn.Module) -> tuple[dict, dict]:
     for size, (masks, semantic) in product(SIZES, labels):
         run = Run(name)
         data = run.tried('data', False, partial(batch, cfg, size, masks, semantic))
+        run.tried('outputs', False, partial(calibrate, twin, data))
+        run.row['failed'] = ''  # some models have no such outputs, and train well
         run.tried('training step', False, partial(step, copy.deepcopy(twin), data))
         if not run.row['failed']:
             return data, {}
@@ -277,10 +318,11 @@ def models_of(names: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
     broken: dict[str, str] = {}
     for name in tqdm(names, 'configs'):
         try:
-            text = Config(dict(model=load_config(str(CONFIGS / name)).model)).pretty_text
+            model = load_config(str(CONFIGS / name)).get('model')
         except Exception as error:
             broken[name] = said(error)
             continue
+        text = Config(dict(model=model)).pretty_text if model else PART
         groups.setdefault(hashlib.sha1(text.encode()).hexdigest(), []).append(name)
     return groups, broken
 
@@ -300,13 +342,15 @@ def main() -> int:
         if '_base_' not in path.parts and args.match in str(path)
     )
     groups, broken = models_of(names)
+    parts = groups.pop(hashlib.sha1(PART.encode()).hexdigest(), [])
     args.work_dir.mkdir(parents=True, exist_ok=True)
     kept = args.work_dir / 'zoo.jsonl'
     lines = kept.read_text().splitlines() if kept.exists() else []
     done = {row['config']: row for row in map(json.loads, lines)}
     missing = [same[0] for same in groups.values() if same[0] not in done]
-    with kept.open('a') as file, get_context('spawn').Pool(args.jobs, maxtasksperchild=10) as pool:
-        for row in tqdm(pool.imap_unordered(of_config, missing), 'models', len(missing)):
+    with kept.open('a') as file, ThreadPoolExecutor(args.jobs) as threads:
+        tried = [threads.submit(in_worker, name) for name in missing]
+        for row in tqdm((future.result() for future in as_completed(tried)), 'models', len(tried)):
             file.write(json.dumps(row) + '\n')
             file.flush()
             done[row['config']] = row
@@ -314,6 +358,8 @@ def main() -> int:
     for name, why in broken.items():
         failed = {'failed': 'baseline', 'stage': 'config', 'why': why}
         rows.append({'config': name, 'configs': 1, 'norms': 0, 'switch': '', **failed})
+    if parts:
+        rows.append({'config': parts[0], 'configs': len(parts), 'switch': PART, 'failed': ''})
     text = report(rows)
     if args.match:
         print(text)
@@ -326,8 +372,9 @@ def main() -> int:
 
 def report(rows: list[dict]) -> str:
     """What became of all, by folder of the zoo, and what failed by cause."""
-    well = [row for row in rows if not row['failed'] and row['switch'] != 'no BN']
+    well = [row for row in rows if not row['failed'] and row['switch'] not in (PART, 'no BN')]
     plain = [row for row in rows if row['switch'] == 'no BN']
+    parts = [row for row in rows if row['switch'] == PART]
     ours = [row for row in rows if row['failed'] == 'ours']
     theirs = [row for row in rows if row['failed'] == 'baseline']
 
@@ -343,12 +390,13 @@ def report(rows: list[dict]) -> str:
         '`tools/train.py`, against its BN twin. Configs that differ in data and schedule alone',
         'have one model. All models are in [zoo.json](../benchmarks/results/zoo.json).',
         '',
-        f'MMDetection {mmdet.__version__}, {counted(rows)}:',
+        f'MMDetection {mmdet.__version__}, {sum(row["configs"] for row in rows)} configs:',
         '',
         '| | |',
         '|---|---|',
         f'| all well | {counted(well)} |',
         f'| no BN to replace (GN, LN, none) | {counted(plain)} |',
+        f'| parts of configs, without a model | {sum(row["configs"] for row in parts)} configs |',
         f'| failed, ours | {counted(ours)} |',
         f'| failed, the BN twin too | {counted(theirs)} |',
         '',

@@ -20,9 +20,12 @@ import math
 from typing import Any, cast
 
 import torch
+from mmengine.dist import is_distributed
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .cpu_sync import batch_norm_over_ranks
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -249,7 +252,8 @@ class PostShiftedSyncBatchNorm(PostShiftedBatchNorm, _BatchNorm):
     """psBN with statistics over all processes: y = gamma * xhat + beta + shift.
 
     In a single process it is psBN over an input of any shape (N, C, ...). With several processes
-    it needs accelerators, as ``torch.nn.SyncBatchNorm`` does, whose ``forward`` it uses.
+    on accelerators it computes what ``torch.nn.SyncBatchNorm`` does, by its ``forward``; on CPUs,
+    which that refuses, by :func:`.batch_norm_over_ranks`.
 
     It does not inherit from ``torch.nn.SyncBatchNorm``: MMEngine replaces whatever does, in every
     run of one process, by a BN without the shift, or tries to and logs a failure per layer.
@@ -290,4 +294,29 @@ class PostShiftedSyncBatchNorm(PostShiftedBatchNorm, _BatchNorm):
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
-    forward = nn.SyncBatchNorm.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``, shape (N, C, ...)."""
+        layer = cast(Any, self)  # torch's methods, of a class that this one is not
+        if not (self.training and x.device.type == 'cpu' and is_distributed()):
+            return nn.SyncBatchNorm.forward(layer, x)
+        layer._check_input_dim(x)
+        layer._check_non_zero_input_channels(x)
+        factor = 0.0
+        running_mean, running_var = None, None
+        if self.track_running_stats:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            running_mean, running_var = self.running_mean, self.running_var
+            average = 1 / int(self.num_batches_tracked)
+            factor = average if self.momentum is None else self.momentum
+        return batch_norm_over_ranks(
+            x,
+            self.weight,
+            self.bias,
+            running_mean,
+            running_var,
+            factor,
+            self.eps,
+            self.process_group,
+        )
