@@ -27,6 +27,7 @@ figures: setup-dev  ## make docs/images again from the kept runs of demo-compare
 	@$(VENV)/bin/python scripts/figures.py $(ARGS)
 
 docs: setup  ## run the commands in the docs again and put in what they print
+	@$(VENV)/bin/python scripts/errors.py
 	@$(VENV)/bin/python scripts/transcripts.py $(ARGS)
 
 test: setup-dev  ## run the test suite, e.g. ARGS='-k layers'
