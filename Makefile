@@ -1,4 +1,4 @@
-# make setup | demo | demo-compare | figures | docs | test | lint | format | bench | evidence | zoo        [STACK=onedl|openmmlab|oldest] [ARGS='...']
+# make setup | demo | demo-compare | figures | docs | test | torture | lint | format | bench | evidence | zoo        [STACK=onedl|openmmlab|oldest] [ARGS='...']
 # STACK=oldest is openmmlab at the oldest supported versions, Python 3.9, torch 2.1.0, numpy 1.26.0,
 # mmcv 2.1.0, mmengine 0.10.0, mmdet 3.3.0: PYTHON=python3.9 make test STACK=oldest
 STACK ?= onedl
@@ -6,7 +6,7 @@ VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-compare figures docs test lint format bench evidence zoo
+.PHONY: help setup setup-dev demo demo-compare figures docs test torture lint format bench evidence zoo
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -32,6 +32,9 @@ docs: setup  ## run the commands in the docs again and put in what they print
 
 test: setup-dev  ## run the test suite, e.g. ARGS='-k layers'
 	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+torture: setup-dev  ## kill, starve and feed it rubbish, at length; ends with a table of cases and failures
+	@$(VENV)/bin/python -m pytest tests/torture -m 'torture or not torture' $(ARGS)
 
 lint: setup-dev  ## check style and types
 	@$(VENV)/bin/ruff check .
