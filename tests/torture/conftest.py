@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cases
 import pytest
 from hypothesis import HealthCheck, settings
 
-HERE = Path(__file__).parent
-# The suite tries a few of each property, always the same; `make torture` many, other ones each time.
+# The suite tries a few of each property, always the same; `make torture` many, others each time.
 slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 common = dict(deadline=None, suppress_health_check=slow)
 settings.register_profile('suite', max_examples=15, derandomize=True, database=None, **common)
