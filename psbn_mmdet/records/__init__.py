@@ -3,6 +3,7 @@
 from .names import KINDS, RECORD_INFO, UNSTARTED_INFO, stage_of
 from .record import (
     RECORD_FILE,
+    NoReportError,
     Records,
     RecordWriter,
     format_ranges,
@@ -18,6 +19,7 @@ __all__ = [
     'RECORD_FILE',
     'RECORD_INFO',
     'UNSTARTED_INFO',
+    'NoReportError',
     'RecordWriter',
     'Records',
     'copy_snapshots',

@@ -24,6 +24,10 @@ RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
 FORMAT = 1
 
 
+class NoReportError(ValueError):
+    """A record has no header, or no report: a training that has just begun, or none."""
+
+
 @dataclass(frozen=True)
 class Records:
     """The collapse record of a run.
@@ -63,7 +67,7 @@ class Records:
 def read_records(path: str | os.PathLike, last_of: int | None = None) -> Records:
     """Read the collapse record of a run.
 
-    A torn last line, left by a killed run, is passed over.
+    A torn last line, left by a killed run or being written, is passed over.
 
     Args:
         path (str | PathLike): A ``collapse.jsonl`` file.
@@ -74,6 +78,7 @@ def read_records(path: str | os.PathLike, last_of: int | None = None) -> Records
         Records: Header and reports.
 
     Raises:
+        NoReportError: If the file has no whole header; it is a ValueError.
         ValueError: If a line is damaged; the message has its number.
     """
     with open(path, 'rb') as file:
@@ -99,6 +104,7 @@ def stream_records(
         dict: The header, then the reports.
 
     Raises:
+        NoReportError: If the file has no whole header; it is a ValueError.
         ValueError: If a line is damaged; the message has its number.
     """
 
@@ -112,7 +118,7 @@ def stream_records(
         empty = False
         yield value
     if empty:
-        raise ValueError(
+        raise NoReportError(
             f'{file.name} has no header line: it is no collapse record, or was cut off'
         )
 

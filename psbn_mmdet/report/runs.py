@@ -17,6 +17,7 @@ import numpy as np
 from ..records import (
     KINDS,
     RECORD_FILE,
+    NoReportError,
     find_snapshots,
     parse_ranges,
     read_snapshot,
@@ -27,6 +28,7 @@ from ..records import (
 from .thinning import Columns
 
 SCORES = {'AP': r'(.*/)?(bbox_)?m?AP', 'AP50': r'(.*/)?(bbox_)?m?AP_?50'}
+SCORE_LOG = Path('vis_data', 'scalars.json')  # in a run's log folder
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,12 @@ def read_run(
 
     Raises:
         FileNotFoundError: If there is no record.
-        ValueError: If a file is damaged or the record has no report yet.
+        NoReportError: If the record has no report yet; it is a ValueError.
+        ValueError: If a file is damaged.
     """
     path = find_record(path)
+    # Before the record, which then has all reports up to them, also while a training adds to both.
+    snapshots, scores = find_snapshots(path.parent), _read_scores(path)
     reading = _Reading()
     with open(path, 'rb') as file:
         size = max(1, os.fstat(file.fileno()).st_size)
@@ -214,7 +219,7 @@ def read_run(
             if number % 1000 == 0:
                 progress(min(1.0, file.tell() / size))
     if not reading.iterations:
-        raise ValueError(
+        raise NoReportError(
             f'{path} has no report yet: train for more than one interval '
             f'({reading.header["interval"]} iterations)'
         )
@@ -231,8 +236,8 @@ def read_run(
         learning_rate=np.array(reading.learning_rate),
         columns=reading.columns,
         last=last,
-        snapshots=_read_snapshots(path.parent, events, len(events.state)),
-        scores=_read_scores(path),
+        snapshots=_read_snapshots(snapshots, events),
+        scores=scores,
         _events=events,
     )
 
@@ -399,11 +404,11 @@ def _number(count: float | None) -> float:
     return math.nan if count is None else float(count)
 
 
-def _read_snapshots(folder: Path, events: _Events, channels: int) -> list[Snapshot]:
+def _read_snapshots(found: dict[int, Path], events: _Events) -> list[Snapshot]:
     """Those of the start, the middle and the end."""
-    found = find_snapshots(folder)
     if not found:
         return []
+    channels = len(events.state)
     last = max(found)
     middle = min(found, key=lambda iteration: abs(iteration - last / 2))
     return [
@@ -427,7 +432,7 @@ def _read_scores(record: Path) -> dict[str, tuple[list[int], list[float]]]:
                     found[name][int(values['step'])] = float(value)
 
     for folder in _lineage(record):
-        log = folder / 'vis_data' / 'scalars.json'
+        log = folder / SCORE_LOG
         if log.is_file():
             with open(log, 'rb') as file:
                 for _ in stream_json(file, take):

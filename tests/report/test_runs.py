@@ -123,6 +123,22 @@ def test_fewer_snapshots_are_taken_as_they_are(tmp_path, write_run, found, expec
     assert [s.iteration for s in run.snapshots] == expected
 
 
+def test_what_a_training_adds_while_its_record_is_read_is_left_out(
+    tmp_path, write_run, write_scores
+):
+    work_dir = write_run(tmp_path, [[], [1]], snapshots=(0, 100), scores={1: 0.1})
+    folder = find_record(work_dir).parent
+
+    def train(share: float) -> None:
+        if share == 1:  # the record is read
+            write_snapshot(folder, 300, np.ones(160), np.ones(160))
+            write_scores(folder, {1: 0.1, 2: 0.2, 3: 0.3})
+
+    run = read_run(work_dir, 'BN', train)
+    assert [s.iteration for s in run.snapshots] == [0, 100], 'who is collapsed at 300 is not known'
+    assert run.scores['AP'] == ([1], [0.1]) and run.score_unit == 'epoch'
+
+
 def test_a_snapshot_of_another_network_is_an_error(tmp_path, write_run):
     work_dir = write_run(tmp_path, snapshots=())
     write_snapshot(find_record(work_dir).parent, 0, np.ones(7), np.ones(7))
