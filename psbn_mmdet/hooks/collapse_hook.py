@@ -167,9 +167,10 @@ class CollapseHook(Hook):
         self._parts.run('TensorBoard curves', self._draw, runner)
 
     def after_train(self, runner: Runner) -> None:
-        """Keep the last snapshot, detach from the optimisers."""
+        """Keep the last snapshot, note the end, detach from the optimisers."""
         if self._watch is not None:
             self._parts.run('snapshots', self._keep_snapshot, runner)
+            self._parts.run('records', self._journal.end)
             self._detach()
 
     def _start(

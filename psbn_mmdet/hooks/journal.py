@@ -81,6 +81,11 @@ class Journal:
         """Keep a snapshot of all gammas and biases."""
         write_snapshot(runner.log_dir, runner.iter, now.values('gamma'), now.values('bias'))
 
+    def end(self) -> None:
+        """Note that the training has come to its end."""
+        if self._writer is not None:
+            self._writer.end()
+
     def _header(self, runner: Runner, now: Census) -> dict[str, Any]:
         earlier = self._earlier
         return {

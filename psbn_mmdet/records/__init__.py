@@ -2,6 +2,7 @@
 
 from .names import KINDS, RECORD_INFO, UNSTARTED_INFO, stage_of
 from .record import (
+    ENDED_FILE,
     RECORD_FILE,
     NoReportError,
     Records,
@@ -15,6 +16,7 @@ from .record import (
 from .snapshots import copy_snapshots, find_snapshots, read_snapshot, write_snapshot
 
 __all__ = [
+    'ENDED_FILE',
     'KINDS',
     'RECORD_FILE',
     'RECORD_INFO',

@@ -21,6 +21,7 @@ import numpy as np
 from ..atomic import replacing
 
 RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
+ENDED_FILE = 'collapse.ended'  # beside it, empty, once the training has come to its end
 FORMAT = 1
 
 
@@ -186,6 +187,10 @@ class RecordWriter:
         """Write a report and flush it."""
         with open(self.path, 'a') as file:
             file.write(json.dumps(report) + '\n')
+
+    def end(self) -> None:
+        """Note that no more reports will come."""
+        self.path.with_name(ENDED_FILE).touch()
 
 
 def _reports_until(path: str | os.PathLike, last: int) -> Iterator[dict[str, Any]]:

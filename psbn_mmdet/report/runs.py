@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..records import (
+    ENDED_FILE,
     KINDS,
     RECORD_FILE,
     NoReportError,
@@ -240,6 +241,23 @@ def read_run(
         scores=scores,
         _events=events,
     )
+
+
+def has_ended(path: str | os.PathLike) -> bool:
+    """Whether a run's training has come to its end, and no later one has begun in its work dir.
+
+    Args:
+        path (str | PathLike): As for :func:`find_record`.
+
+    Returns:
+        bool: False also where it cannot be told, as of a training that was killed.
+    """
+    try:
+        run = find_record(path).parent
+    except FileNotFoundError:
+        return False
+    later = [folder for folder in Path(path).glob('*/vis_data') if folder.parent.name > run.name]
+    return (run / ENDED_FILE).exists() and not later
 
 
 class _Events:
