@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from ..report import write_report
+from ..report import follow_report, write_report
+
+
+def seconds(text: str) -> float:
+    """A number of seconds from 1 to those of a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(
+            f'must be a number of seconds from 1 to 86400, got {text!r}: '
+            'give --follow after the work dirs'
+        )
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '-o', '--out', default='report.html', help='the page to write, default: %(default)s'
     )
+    parser.add_argument(
+        '--follow',
+        nargs='?',
+        type=seconds,
+        const=30,
+        metavar='SECONDS',
+        help='look every %(const)s seconds whether the runs have gone on, and write the page '
+        'again, which loads itself again in a browser; until Ctrl-C or their end',
+    )
     args = parser.parse_args(argv)
     labels = args.labels or [Path(work_dir).resolve().name for work_dir in args.work_dirs]
     try:
@@ -37,19 +60,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f'the labels {", ".join(labels)} are not all different: give others with --labels'
             )
-        console = Console(stderr=True)
-        console.quiet = not console.is_terminal  # before rich 14.3 a disabled bar breaks a line
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            tasks: dict[str, TaskID] = {}
-
-            def progress(what: str, share: float) -> None:
-                if what not in tasks:
-                    tasks[what] = bar.add_task(what.replace('[', r'\['), total=1)
-                bar.update(tasks[what], completed=share)
-
-            out = write_report(dict(zip(labels, args.work_dirs)), args.out, progress)
+        runs = dict(zip(labels, args.work_dirs))
+        if args.follow:
+            follow_report(runs, args.out, args.follow, _say, _write)
+            return 0
+        out = _write(runs, args.out)
     except (OSError, ValueError) as error:
         print(f'report: {error}', file=sys.stderr)
         return 1
     print(f'The report is in {out}')
     return 0
+
+
+def _write(runs: Mapping[str, str], out: str, reload: float | None = None) -> Path:
+    """Write the page, under a bar where there is a terminal."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal  # before rich 14.3 a disabled bar breaks a line
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, share: float) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what.replace('[', r'\['), total=1)
+            bar.update(tasks[what], completed=share)
+
+        return write_report(runs, out, progress, reload)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # at once also where it goes into a file

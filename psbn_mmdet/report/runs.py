@@ -243,6 +243,27 @@ def read_run(
     )
 
 
+def inputs_of(path: str | os.PathLike) -> list[tuple]:
+    """What differs once any file that :func:`read_run` reads has changed.
+
+    Args:
+        path (str | PathLike): As for :func:`find_record`.
+
+    Returns:
+        list[tuple]: Of each file its path, time and size, of snapshots their iterations.
+
+    Raises:
+        FileNotFoundError: If there is no record.
+    """
+    record = find_record(path)
+    found: list[tuple] = [tuple(find_snapshots(record.parent))]
+    for file in (record, *(folder / SCORE_LOG for folder in _lineage(record))):
+        if file.is_file():
+            stat = file.stat()
+            found.append((file, stat.st_mtime_ns, stat.st_size))
+    return found
+
+
 def has_ended(path: str | os.PathLike) -> bool:
     """Whether a run's training has come to its end, and no later one has begun in its work dir.
 
