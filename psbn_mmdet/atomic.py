@@ -8,17 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class WriteError(OSError):
+    """Why a file cannot be written, in one sentence."""
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file beside ``path``, and put it in the place of ``path`` once it is whole.
 
-    Folders that are missing are made. If the block fails ``path`` stays as it was.
+    Folders that are missing are made. If the block fails ``path`` stays as it was, and nothing is
+    left of the new file.
 
     Args:
         path (str | PathLike): The file to write or to replace.
 
     Yields:
         Path: Where to write to.
+
+    Raises:
+        WriteError: If the file cannot be written, such as on a full disk.
 
     Examples:
         >>> import tempfile
@@ -30,10 +38,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except WriteError:  # of another file, in the block
+        raise
+    except OSError as error:
+        raise WriteError(
+            f'{path} cannot be written ({error.strerror or error}): make room or give another place'
+        ) from error

@@ -26,6 +26,7 @@ from ..report.audit_tables import (
     audit_to_text,
     plot_audit,
 )
+from . import say
 
 
 def percent(text: str) -> float:
@@ -62,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             audit = make_audit(args)
         if args.plot:
             plot_audit(audit, args.plot)
+        if args.format == 'json':
+            say(json.dumps(audit_to_dict(audit), indent=1))
+        else:
+            say(audit_to_csv(audit) if args.format == 'csv' else audit_to_text(audit))
     except (OSError, ValueError) as error:
         print(f'audit: {error}', file=sys.stderr)
         return 1
-    if args.format == 'json':
-        print(json.dumps(audit_to_dict(audit), indent=1))
-    else:
-        print(audit_to_csv(audit) if args.format == 'csv' else audit_to_text(audit))
     if args.fail_above is not None and audit.percent > args.fail_above:
         print(
             f'audit: {audit.percent:.2f} % of the filters are collapsed, more than '

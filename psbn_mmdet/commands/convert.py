@@ -21,6 +21,7 @@ from ..checkpoints import (
 from ..collapse.revival import OPEN
 from ..layers import find_norm_states
 from ..preflight import load_config
+from . import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             structure = structure_of_config(load_config(args.config), names)
         content, done = convert_checkpoint(read_content(args.input), args.to, args.shift, structure)
         write_content(content, args.output)
+        say(summary(done, args))
     except (OSError, ValueError) as error:
         print(f'convert_checkpoint: {error}', file=sys.stderr)
         return 1
-    print(summary(done, args))
     return 0
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ..report import follow_report, write_report
+from . import say
 
 
 def seconds(text: str) -> float:
@@ -62,13 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         runs = dict(zip(labels, args.work_dirs))
         if args.follow:
-            follow_report(runs, args.out, args.follow, _say, _write)
-            return 0
-        out = _write(runs, args.out)
+            follow_report(runs, args.out, args.follow, say, _write)
+        else:
+            say(f'The report is in {_write(runs, args.out)}')
     except (OSError, ValueError) as error:
         print(f'report: {error}', file=sys.stderr)
         return 1
-    print(f'The report is in {out}')
     return 0
 
 
@@ -85,7 +85,3 @@ def _write(runs: Mapping[str, str], out: str, reload: float | None = None) -> Pa
             bar.update(tasks[what], completed=share)
 
         return write_report(runs, out, progress, reload)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # at once also where it goes into a file

@@ -8,6 +8,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +94,13 @@ def write_report(
             script=script,
         )
     )
+    with ExitStack() as stack:  # all of them take their places once all are written
+        for path, content in ((out, page.encode()), *((folder / n, c) for n, c in files.items())):
+            stack.enter_context(replacing(path)).write_bytes(content)
     for name in FIGURES:
         for ending in ('png', 'svg'):
-            file = f'{name}.{ending}'
-            if file in files:
-                with replacing(folder / file) as part:
-                    part.write_bytes(files[file])
-            else:  # of an earlier report
-                (folder / file).unlink(missing_ok=True)
-    with replacing(out) as part:
-        part.write_text(page, encoding='utf-8')
+            if f'{name}.{ending}' not in files:  # of an earlier report
+                (folder / f'{name}.{ending}').unlink(missing_ok=True)
     return out
 
 
