@@ -23,6 +23,8 @@ from ..atomic import replacing
 RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
 ENDED_FILE = 'collapse.ended'  # beside it, empty, once the training has come to its end
 FORMAT = 1
+# What reading a line of anything may raise.
+_DAMAGES = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class NoReportError(ValueError):
@@ -143,7 +145,7 @@ def stream_json(file: BinaryIO, take: Callable[[int, Any], object]) -> Iterator[
         try:
             value = json.loads(line)
             take(number, value)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        except _DAMAGES as error:
             raise ValueError(
                 f'{file.name}, line {number} is damaged ({error}): restore the file, '
                 'or delete the line'

@@ -54,7 +54,7 @@ def find_snapshots(run: str | os.PathLike) -> dict[int, Path]:
     found = {}
     for path in (Path(run) / FOLDER).glob('iter_*.npy'):
         match = re.fullmatch(r'iter_(\d+)\.npy', path.name)
-        if match:
+        if match and path.is_file():
             found[int(match[1])] = path
     return dict(sorted(found.items()))
 
@@ -73,13 +73,15 @@ def read_snapshot(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, n
         ValueError: If the file is damaged or of another network.
     """
     try:
-        values = np.load(path, allow_pickle=False)
+        # Mapped, which takes no memory for what is claimed and not there.
+        values: np.ndarray = np.load(path, mmap_mode='r', allow_pickle=False)
+        if not isinstance(values, np.ndarray) or values.dtype.kind != 'f':
+            raise ValueError('no array of real numbers')
         if values.shape != (2, channels):
             raise ValueError(f'shape {values.shape}, the record has {channels} channels')
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError) as error:
         raise ValueError(f'{path} is no snapshot of this run ({error}): delete it') from None
-    gamma, bias = values.astype(np.float32)
-    return gamma, bias
+    return values[0].astype(np.float32), values[1].astype(np.float32)
 
 
 def copy_snapshots(source: str | os.PathLike, run: str | os.PathLike, last: int) -> None:

@@ -28,6 +28,9 @@ from ..records import (
 )
 from .thinning import Columns
 
+MOST_CHANNELS = 10_000_000  # of a record, far beyond any network, and still little memory
+MOST_STEPS = 10**15  # of a training; figures take no more
+_COUNTS = {int, type(None)}
 SCORES = {'AP': r'(.*/)?(bbox_)?m?AP', 'AP50': r'(.*/)?(bbox_)?m?AP_?50'}
 SCORE_LOG = Path('vis_data', 'scalars.json')  # in a run's log folder
 
@@ -380,8 +383,12 @@ class _Reading:
         names = [layer['name'] for layer in header['layers']]
         if not all(isinstance(name, str) for name in names):
             raise ValueError('a name of a layer is no text')
-        sizes = [int(layer['channels']) for layer in header['layers']]
-        header['interval'], float(header['tau']), float(header['k']), header['window']
+        sizes = [layer['channels'] for layer in header['layers']]
+        if not all(type(size) is int and size >= 0 for size in sizes) or sum(sizes) > MOST_CHANNELS:
+            raise ValueError(f'channels are no numbers from 0 to {MOST_CHANNELS:,} in all')
+        float(header['tau']), float(header['k']), header['window']
+        if type(header['interval']) is not int or not 1 <= header['interval'] <= MOST_STEPS:
+            raise ValueError(f'interval is no number from 1 to {MOST_STEPS:,}')
         self.header = header
         self.sizes = sizes
         self.offsets = np.concatenate(([0], np.cumsum(sizes))).tolist()
@@ -390,16 +397,19 @@ class _Reading:
 
     def take_report(self, report: dict[str, Any]) -> None:
         iteration = report['iter']
-        if not isinstance(iteration, int) or (self.iterations and iteration <= self.iterations[-1]):
+        after = self.iterations[-1] if self.iterations else -1
+        if type(iteration) is not int or not after < iteration <= MOST_STEPS:
             raise ValueError(f'iteration {iteration!r} does not follow the one before')
-        int(report['epoch'])
+        report['epoch'] + 1
         report['total']['collapsed']
         counts = [_number(report['total'].get(kind)) for kind in self.counts]
         rate = _number(next(iter(report['lr'].values()), None))
         for kind in self.counts:
-            layers = len(report['layers'].get(kind, self.sizes))
-            if layers != len(self.sizes):
-                raise ValueError(f'{layers} layers, the header has {len(self.sizes)}')
+            layers = report['layers'].get(kind, self.sizes)
+            if len(layers) != len(self.sizes):
+                raise ValueError(f'{len(layers)} layers, the header has {len(self.sizes)}')
+            if not isinstance(layers, list) or not _COUNTS.issuperset(map(type, layers)):
+                raise ValueError(f'a number of {kind} channels is none')
         self._take_channels(report, iteration)
         self.columns.add(iteration, report['layers']['collapsed'])
         for series, count in zip(self.counts.values(), counts):
@@ -468,6 +478,8 @@ def _read_scores(record: Path) -> dict[str, tuple[list[int], list[float]]]:
         for key, value in values.items():
             for name, pattern in SCORES.items():
                 if re.fullmatch(pattern, key) and math.isfinite(value):
+                    if not 0 <= values['step'] <= MOST_STEPS:
+                        raise ValueError(f'step is no number from 0 to {MOST_STEPS:,}')
                     found[name][int(values['step'])] = float(value)
 
     for folder in _lineage(record):
@@ -480,14 +492,16 @@ def _read_scores(record: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _lineage(record: Path) -> list[Path]:
-    """The folder of a record, after those of the earlier runs that it continues."""
+    """The folder of a record, after those of the earlier runs in its work dir that it continues."""
     folders = [record.parent.resolve()]
+    work_dir = folders[0].parent
     while True:
         try:
             with open(folders[0] / RECORD_FILE, 'rb') as file:
-                earlier = json.loads(file.readline())['continues']
-        except (OSError, ValueError, LookupError, TypeError):
+                earlier = (folders[0] / json.loads(file.readline())['continues']).resolve()
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return folders
-        if not isinstance(earlier, str) or (folders[0] / earlier).resolve() in folders:
+        # A record may come from anybody: what it names elsewhere is not looked at.
+        if earlier in folders or work_dir not in earlier.parents:
             return folders
-        folders.insert(0, (folders[0] / earlier).resolve())
+        folders.insert(0, earlier)
