@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,14 @@ import torch
 from ..collapse import what_follows
 
 _ENTRIES = ('weight', 'bias', 'running_mean', 'running_var')  # inputs 1 to 4 of the operator
+# What computes parameters from constants in exported graphs. Other operators could make arrays of
+# any size from next to nothing.
+_FOLLOWED = {
+    *('Add', 'Cast', 'Constant', 'Div', 'Identity', 'Mul', 'Neg', 'Sqrt', 'Sub'),
+    *('Reshape', 'Squeeze', 'Unsqueeze'),
+}
+_DEEPEST = 32  # nodes behind each other
+_MOST_VALUES = 10_000_000  # of a result, whatever is spread over what
 
 
 def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
@@ -36,28 +46,70 @@ def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     except ImportError as error:
         raise ValueError('needs the package onnx: run `pip install onnx`') from error
     try:
-        graph = onnx.load(os.fspath(path)).graph
+        graph = onnx.load(os.fspath(path), load_external_data=False).graph
     except Exception as error:  # protobuf's and onnx's own, by version
         raise ValueError(f'cannot be read as an ONNX file ({error}): replace the file') from error
-    constants: dict[str, np.ndarray | None] = {
-        tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer
-    }
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
     makers = {output: node for node in graph.node for output in node.output}
+    readers_of: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in set(node.input):
+            readers_of.setdefault(name, []).append(node)
+    constants: dict[str, np.ndarray | None] = {}
 
-    def array(name: str) -> np.ndarray | None:
+    def array(name: str, depth: int = 0) -> np.ndarray | None:
         """The value of a constant, also where nodes compute it from constants; else None."""
         if name not in constants:
             constants[name] = None
-            node = makers.get(name)
-            if node is not None and node.op_type == 'CastLike':  # like the data, in type only
-                constants[name] = array(node.input[0])
-            elif node is not None and (node.input or node.op_type == 'Constant'):
-                values = {source: array(source) for source in node.input}
-                if all(value is not None for value in values.values()):
-                    results: Any = ReferenceEvaluator(node).run([name], values)
-                    constants[name] = results[0]
+            if name in initializers:
+                _check_location(initializers[name], folder)
+                try:
+                    constants[name] = numpy_helper.to_array(initializers[name], folder)
+                except Exception as error:  # sizes that do not fit, files that are not there
+                    raise ValueError(
+                        f'has no values of {name} that can be read ({error}): replace the file'
+                    ) from error
+            elif name in makers and depth < _DEEPEST:
+                constants[name] = computed(name, makers[name], depth)
         return constants[name]
 
+    def computed(name: str, node: Any, depth: int) -> np.ndarray | None:
+        if node.op_type == 'CastLike':  # like the data, in type only
+            return array(node.input[0], depth + 1)
+        elsewhere = any(attribute.t.data_location for attribute in node.attribute)
+        if node.op_type not in _FOLLOWED or elsewhere:
+            return None
+        values = {source: array(source, depth + 1) for source in node.input}
+        sizes = [value.size for value in values.values() if value is not None]
+        if len(sizes) < len(values) or math.prod(sizes) > _MOST_VALUES:
+            return None
+        try:
+            results: Any = ReferenceEvaluator(node).run([name], values)
+        except Exception:  # onnx's own, for types and shapes that do not go together
+            return None
+        return results[0]
+
+    return _norms(graph, array, readers_of)
+
+
+def _check_location(tensor: Any, folder: str) -> None:
+    """Refuse to read values from outside the file's folder, which old versions of onnx do."""
+    for entry in tensor.external_data:
+        if entry.key == 'location':
+            file = os.path.realpath(os.path.join(folder, entry.value))
+            if os.path.commonpath([folder, file]) != folder:
+                raise ValueError(
+                    f'has values of {tensor.name} in {entry.value}, outside its folder, which is '
+                    'not read: put them beside the file'
+                )
+
+
+def _norms(
+    graph: Any,
+    array: Callable[[str], np.ndarray | None],
+    readers_of: Mapping[str, list[Any]],
+) -> tuple[dict[str, Any], dict[str, str]]:
     outputs = {output.name for output in graph.output}
     state_dict: dict[str, Any] = {}
     rectifiers = {}
@@ -67,8 +119,8 @@ def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         arrays = [array(name) for name in node.input[1:5]]
         if any(values is None for values in arrays):
             raise ValueError(
-                f'computes the parameters of node {node.name or node.output[0]} from the input: '
-                'audit the checkpoint it was made from'
+                f'computes the parameters of node {node.name or node.output[0]} from more than '
+                'constants, or in no simple way: audit the checkpoint it was made from'
             )
         name = node.input[1].removesuffix('.weight')
         # Exporters share initializers that are equal: then two layers would have one name.
@@ -78,8 +130,8 @@ def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
             state_dict[f'{name}.{entry}'] = torch.from_numpy(np.array(values, np.float32))
         readers = {
             _rectifier(reader, array)
-            for reader in graph.node
-            if node.output[0] in reader.input and reader.op_type not in ('CastLike', 'Shape')
+            for reader in readers_of.get(node.output[0], ())
+            if reader.op_type not in ('CastLike', 'Shape')
         }
         if node.output[0] in outputs:
             readers.add('other')
