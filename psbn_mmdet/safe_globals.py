@@ -66,7 +66,28 @@ def load_plain(path: str | os.PathLike) -> Any:
     """
     path = os.fspath(path)  # older versions of torch map no other
     load = _torch_load if TAKES_NAMES else _load_restricted
-    return load(path, map_location='cpu', mmap=zipfile.is_zipfile(path), weights_only=True)
+    parts = archived(path)
+    # Mapped as they stand in the file, compressed parts would be read as numbers.
+    mmap = bool(parts) and all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+    return load(path, map_location='cpu', mmap=mmap, weights_only=True)
+
+
+def archived(file: Any) -> list[zipfile.ZipInfo]:
+    """The parts of a zip file, such as torch writes; none where it is no zip file."""
+    begin = file.tell() if hasattr(file, 'tell') else None
+    try:
+        if not zipfile.is_zipfile(file):
+            return []
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    finally:
+        if begin is not None:
+            file.seek(begin)
+
+
+def is_torchscript(parts: list[zipfile.ZipInfo]) -> bool:
+    """Whether a zip file is a TorchScript program, by what torch goes by."""
+    return any(part.filename.rpartition('/')[2] == 'constants.pkl' for part in parts)
 
 
 def _plain() -> dict[str, Any]:
@@ -120,6 +141,8 @@ _RESTRICTED = SimpleNamespace(
 
 def _load_restricted(f: Any, map_location: Any = None, *_: Any, **kwargs: Any) -> Any:
     """As torch.load, by our unpickler, which torch refuses while its own is forced."""
+    if is_torchscript(archived(f)):  # which torch would hand to torch.jit.load, and that runs it
+        raise pickle.UnpicklingError('a TorchScript program is no checkpoint: not loaded')
     kwargs.update(pickle_module=_RESTRICTED, weights_only=False)
     forced = os.environ.pop(_FORCED, None)
     try:

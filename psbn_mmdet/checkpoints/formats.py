@@ -19,6 +19,7 @@ from ..atomic import replacing
 from ..layers import entry_key, find_norm_states
 from ..records import UNSTARTED_INFO, parse_ranges
 from ..safe_globals import load_plain
+from .claims import ClaimError, check_claims, unpacked_size
 from .onnx import read_onnx
 
 # What wraps a network and puts its name before every key.
@@ -100,7 +101,12 @@ def read_torch(path: str | os.PathLike) -> Any:
     """
     path = _existing(path)
     try:
-        return load_plain(path)
+        size = unpacked_size(path)
+        content = load_plain(path)
+        check_claims(content, size)
+        return content
+    except ClaimError as error:
+        raise CheckpointError(f'{path} {error}') from error
     except Exception as error:  # whatever a broken or hostile file brings about
         unsafe = re.search(r'GLOBAL (\S+)', str(error))
         if unsafe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -35,11 +36,12 @@ def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
             entry: state_dict.get(entry_key(name, entry))
             for entry in ('weight', 'bias', 'beta', 'shift', 'running_var')
         }
-        has = {entry for entry, value in entries.items() if isinstance(value, Tensor)}
+        has = {entry for entry, value in entries.items() if _is_plain(value)}
         if not has >= {'beta', 'shift'} and 'running_var' not in has:
             continue
         shapes = {entries[entry].shape for entry in has - {'shift'}}  # type: ignore[union-attr]
-        if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+        values = entries['shift'].numel() if 'shift' in has else 1  # type: ignore[union-attr]
+        if len(shapes) > 1 or len(next(iter(shapes))) != 1 or values != 1:
             found[name] = 'shapes differ'
         elif 'weight' not in has:
             found[name] = 'no gamma'
@@ -50,3 +52,13 @@ def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
         else:
             found[name] = 'BN' if 'bias' in has else 'no bias'
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor of real numbers: a norm layer has no other."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_complex()
+        and not value.is_quantized
+    )
