@@ -18,7 +18,7 @@ from ..safe_globals import archived, is_torchscript
 
 MOST_INFLATED = 20  # times the file's size; weights deflate by a third at most
 MOST_SHARED = 100  # times the file's size, of all tensors together
-MOST_CONTAINERS = 1_000_000  # each counted as often as it is held
+MOST_CONTAINERS = 200_000  # each counted as often as it is held
 DEEPEST = 100
 
 

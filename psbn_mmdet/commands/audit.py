@@ -26,7 +26,7 @@ from ..report.audit_tables import (
     audit_to_text,
     plot_audit,
 )
-from . import say
+from . import complain, say
 
 
 def percent(text: str) -> float:
@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             say(audit_to_csv(audit) if args.format == 'csv' else audit_to_text(audit))
     except (OSError, ValueError) as error:
-        print(f'audit: {error}', file=sys.stderr)
-        return 1
+        return complain('audit', error)
     if args.fail_above is not None and audit.percent > args.fail_above:
         print(
             f'audit: {audit.percent:.2f} % of the filters are collapsed, more than '

@@ -7,7 +7,6 @@ read without running code, and OUT is written whole or not at all.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from ..checkpoints import (
@@ -21,7 +20,7 @@ from ..checkpoints import (
 from ..collapse.revival import OPEN
 from ..layers import find_norm_states
 from ..preflight import load_config
-from . import say
+from . import complain, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_content(content, args.output)
         say(summary(done, args))
     except (OSError, ValueError) as error:
-        print(f'convert_checkpoint: {error}', file=sys.stderr)
-        return 1
+        return complain('convert_checkpoint', error)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ..report import follow_report, write_report
-from . import say
+from . import complain, say
 
 
 def seconds(text: str) -> float:
@@ -67,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             say(f'The report is in {_write(runs, args.out)}')
     except (OSError, ValueError) as error:
-        print(f'report: {error}', file=sys.stderr)
-        return 1
+        return complain('report', error)
     return 0
 
 
