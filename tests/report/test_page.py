@@ -75,15 +75,23 @@ def pair(tmp_path_factory, write_run):
 
 @pytest.fixture(scope='module')
 def hostile(tmp_path_factory, write_run):
-    """The page of runs with hostile labels, and hostile names of layers."""
+    """The page of runs with hostile text in every place that it prints."""
     root = tmp_path_factory.mktemp('hostile')
+    folder = '<img src=x onerror="document.title=1">'
     layers = [(f'backbone.{text}.bn1', 32) for text in HOSTILE] + [('a\x00\x1b\u202eb', 4)]
     states = [[], [1, 40, 70, 98]]
     runs = {
-        text: write_run(root / f'{index}', states, layers=layers, scores=SCORES)
+        text: write_run(root / folder / f'{index}', states, layers=layers, scores=SCORES)
         for index, text in enumerate(HOSTILE)
     }
-    return write_report(runs, root / 'report.html')
+    for work_dir, text in zip(runs.values(), HOSTILE):
+        record = find_record(work_dir)
+        header, *reports = record.read_text().splitlines()
+        header = json.loads(header) | dict(window=text, versions=dict(torch=text), id=text)
+        for layer in header['layers']:
+            layer.update(norm=text, rectifier=text)
+        record.write_text('\n'.join([json.dumps(header), *reports, '']))
+    return write_report(runs, root / f'{folder}.html')
 
 
 def test_the_page_opens_in_a_browser_without_an_error(driver, pair):
@@ -147,10 +155,13 @@ def test_hostile_text_is_escaped(hostile):
     assert 'script' not in page.tags and page.tags.count('img') == len(FIGURES) - 1
     assert not [name for name, _ in page.attributes if name.startswith('on')]
     for text in HOSTILE:
-        assert text in page.text, 'labels are whole'
+        assert page.text.count(text) > 5, 'labels, norms and windows are whole'
         assert f'backbone.{text}.bn1' in page.text, 'and so are the names of layers'
     assert 'a\ufffd\ufffd\ufffdb' in page.text
-    for svg in (hostile.parent / 'report_figures').glob('*.svg'):
+    assert page.text.count('<img src=x onerror="document.title=1">') > 6, 'and so are paths'
+    pictures = list((hostile.parent / f'{hostile.stem}_figures').glob('*.svg'))
+    assert len(pictures) == len(FIGURES)
+    for svg in pictures:
         tags = {element.tag for element in xml.etree.ElementTree.parse(svg).iter()}
         assert not any('script' in tag for tag in tags)
 
