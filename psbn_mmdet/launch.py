@@ -15,6 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from .commands import printable
 from .preflight import PreflightError, load_config, one_line
 
 
@@ -47,7 +48,7 @@ def run_script(
         check(args, cfg)
     except PreflightError as error:
         # Once on each machine, since a file may be missing on one of them only.
-        sys.exit(f'error: {error}' if local_rank == '0' else 1)
+        sys.exit(f'error: {printable(str(error))}' if local_rank == '0' else 1)
     # The script reads the file again, and merges the options, which could undo a change.
     script.Config = SimpleNamespace(fromfile=lambda path: cfg)  # type: ignore[attr-defined]
     args.cfg_options = None

@@ -15,7 +15,7 @@ def say(text: str) -> None:
         OSError: If the output cannot be written.
     """
     try:
-        print('\n'.join(map(_printable, text.split('\n'))), flush=True)
+        print('\n'.join(map(printable, text.split('\n'))), flush=True)
     except OSError as error:
         # The interpreter would try once more at its end, with a message of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -26,9 +26,10 @@ def say(text: str) -> None:
 
 def complain(tool: str, error: Exception) -> int:
     """Print why a tool stops, on one line of its standard error, and return the exit code."""
-    print(f'{tool}: {_printable(str(error))}', file=sys.stderr)
+    print(f'{tool}: {printable(str(error))}', file=sys.stderr)
     return 1
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
+    """A line without what steers a terminal."""
     return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in line)

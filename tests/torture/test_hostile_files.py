@@ -650,4 +650,4 @@ def test_the_scripts_run_no_pickle(shape, config, cfg, bomb, tmp_path):
         assert not bomb.path.exists() and not (tmp_path / 'out.pth').exists()
         assert result.returncode == 1, (arguments, result.stderr)
         assert 'Traceback' not in result.stderr, (arguments, result.stderr)
-        assert sum("bad.pth" in line for line in result.stderr.splitlines()) == 1
+        assert sum('bad.pth' in line for line in result.stderr.splitlines()) == 1
