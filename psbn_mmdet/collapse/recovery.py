@@ -368,6 +368,7 @@ class _Group:
             'calls': self._calls,
             'watched': [layer.watched.cpu() for layer in self.layers],
             'proof': [layer.proof.cpu() for layer in self.layers],
+            'restored': [layer.restored.cpu() for layer in self.layers],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -375,6 +376,9 @@ class _Group:
         for layer, watched, proof in zip(self.layers, state['watched'], state['proof']):
             layer.proof = proof.to(layer.proof.device)
             layer.watch(watched.to(layer.watched.device))
+        # Checkpoints of earlier versions lack it: theirs are looked at once more.
+        for layer, restored in zip(self.layers, state.get('restored', ())):
+            layer.restored = restored.to(layer.restored.device)
         self.take()
 
 

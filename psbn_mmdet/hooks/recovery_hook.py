@@ -34,8 +34,8 @@ class RecoveryHook(Hook):
 
     It works under any optimiser, with automatic mixed precision, accumulation, gradient
     checkpointing, averages and DistributedDataParallel: all ranks do the same, without a
-    collective but for one in the first iteration. Its state is in the checkpoints: a resumed run
-    goes on where it was.
+    collective but for one at the start and one in the first iteration. Its state is in the
+    checkpoints: a resumed run goes on where it was.
 
     Args:
         steps (int): Within how many optimiser steps a filter with beta = -1 opens. One with
@@ -129,6 +129,7 @@ class RecoveryHook(Hook):
                 self._producers = dict(self._saved['producers'])
                 self._consumers = dict(self._saved['consumers'])
                 self._recovery.load_state_dict(self._saved['channels'])
+                self._opened = dict(self._saved.get('opened', {}))  # not in earlier versions'
                 self._agreed = True
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 runner.logger.warning(
@@ -201,11 +202,13 @@ class RecoveryHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Let a resumed run go on from here."""
         if self._recovery is not None:
+            self._gather()
             checkpoint[STATE] = {
                 'witnesses': self._witnesses if self._trace is None else self._trace.witnesses,
                 'producers': self._producers,
                 'consumers': self._consumers,
                 'channels': self._recovery.state_dict(),
+                'opened': dict(self._opened),  # that no report has had yet
             }
 
     def after_train(self, runner: Runner) -> None:

@@ -8,6 +8,7 @@ from mmengine.registry import HOOKS
 from small_run import Classifier, channels_of, records_of, run, texts
 from torch import nn
 
+from psbn_mmdet.collapse import recovery
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
 KILLED = {'stem.1': [0, 3, 4], 'head.1': [7]}
@@ -157,8 +158,6 @@ def test_settings_out_of_range_are_refused(setting):
 
 
 def test_a_fault_is_one_warning_and_the_training_goes_on(tmp_path, monkeypatch):
-    from psbn_mmdet.collapse import recovery
-
     def fail(*args):
         raise OSError('no such device')
 
@@ -168,3 +167,25 @@ def test_a_fault_is_one_warning_and_the_training_goes_on(tmp_path, monkeypatch):
     assert texts(tmp_path).count('RecoveryHook: off from iteration 1 on') == 1
     assert 'no such device' in texts(tmp_path)
     assert [r['iter'] for r in records_of(runner).reports] == [4, 8, 12, 16, 20, 24]
+
+
+@pytest.mark.parametrize('steps', [6, 30])
+def test_a_checkpoint_has_what_was_opened_and_what_was_restored(tmp_path, monkeypatch, steps):
+    hooks = [
+        dict(type='CollapseHook', interval=8, window=4),  # epochs, and their checkpoints, have 12
+        dict(type='RecoveryHook', steps=steps, window=3),
+    ]
+    default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    settings = dict(epochs=2, lost=True, default_hooks=default_hooks)
+    whole = trained(tmp_path / 'whole', hooks, **settings)
+    restored = []
+    monkeypatch.setattr(recovery, 'restore', lambda *args: restored.append(args))
+    load = dict(load_from=str(tmp_path / 'whole/epoch_1.pth'), resume=True)
+    resumed = trained(tmp_path / 'on', hooks, **settings, **load)
+    found, wanted = (
+        [report['channels']['recovered'] for report in records_of(runner).reports]
+        for runner in (resumed, whole)
+    )
+    # Opened after the report of iteration 8 and before the checkpoint, or not at all.
+    assert found == wanted == [{}, {'0': '0,3-4', '1': '7'} if steps == 6 else {}, {}]
+    assert not restored  # they were in the first epoch
