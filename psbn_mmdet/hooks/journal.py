@@ -13,7 +13,14 @@ import torch
 from mmengine.runner import Runner
 
 from ..collapse import Census
-from ..records import RECORD_FILE, Records, RecordWriter, copy_snapshots, write_snapshot
+from ..records import (
+    RECORD_FILE,
+    Records,
+    RecordWriter,
+    claim_folder,
+    copy_snapshots,
+    write_snapshot,
+)
 from ..version import __version__
 from .history import Report
 from .lineage import find_earlier, remember_record
@@ -35,6 +42,7 @@ class Journal:
         self._settings = settings
         self._identity = uuid.uuid4().hex
         self._writer: RecordWriter | None = None
+        self._folder: Path | None = None  # where both are written
         self._earlier: Path | None = None  # the record that this run continues
         self._begin = 0
 
@@ -55,16 +63,15 @@ class Journal:
         if found is None:
             return None
         self._earlier, records = found
-        snapshots = (self._earlier.parent, runner.log_dir, runner.iter)
-        self._parts.run('snapshots', copy_snapshots, *snapshots)
+        self._parts.run('snapshots', self._take_over, runner, self._earlier.parent)
         return records
 
     def write(self, runner: Runner, report: Report, steps: int) -> None:
         """Append a report to the record, with the number of optimiser steps since the last."""
         if self._writer is None:
-            path = Path(runner.log_dir) / RECORD_FILE
-            header = self._header(runner, report.census)
-            self._writer = RecordWriter(path, header, self._earlier, self._begin)
+            folder = self._own_folder(runner)
+            header = self._header(folder, report.census)
+            self._writer = RecordWriter(folder / RECORD_FILE, header, self._earlier, self._begin)
         rates = runner.optim_wrapper.get_lr().items()
         self._writer.append(
             {
@@ -79,14 +86,29 @@ class Journal:
 
     def keep(self, runner: Runner, now: Census) -> None:
         """Keep a snapshot of all gammas and biases."""
-        write_snapshot(runner.log_dir, runner.iter, now.values('gamma'), now.values('bias'))
+        folder = self._own_folder(runner)
+        write_snapshot(folder, runner.iter, now.values('gamma'), now.values('bias'))
 
     def end(self) -> None:
         """Note that the training has come to its end."""
         if self._writer is not None:
             self._writer.end()
 
-    def _header(self, runner: Runner, now: Census) -> dict[str, Any]:
+    def _take_over(self, runner: Runner, earlier: Path) -> None:
+        copy_snapshots(earlier, self._own_folder(runner), runner.iter)
+
+    def _own_folder(self, runner: Runner) -> Path:
+        """The log folder, unless a run that was started in the same second has it."""
+        if self._folder is None:
+            self._folder = claim_folder(runner.log_dir)
+            if self._folder != Path(runner.log_dir):
+                runner.logger.warning(
+                    f'CollapseHook: another run, started in the same second, keeps its record in '
+                    f'{runner.log_dir}: that of this one is in {self._folder}.'
+                )
+        return self._folder
+
+    def _header(self, folder: Path, now: Census) -> dict[str, Any]:
         earlier = self._earlier
         return {
             'id': self._identity,
@@ -102,7 +124,7 @@ class Journal:
                 for layer in now.layers
             ],
             **self._settings,
-            'continues': earlier and os.path.relpath(earlier.parent, runner.log_dir),
+            'continues': earlier and os.path.relpath(earlier.parent, folder),
             'versions': {
                 'psbn_mmdet': __version__,
                 'torch': torch.__version__,

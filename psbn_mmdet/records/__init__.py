@@ -13,7 +13,13 @@ from .record import (
     stream_json,
     stream_records,
 )
-from .snapshots import copy_snapshots, find_snapshots, read_snapshot, write_snapshot
+from .snapshots import (
+    claim_folder,
+    copy_snapshots,
+    find_snapshots,
+    read_snapshot,
+    write_snapshot,
+)
 
 __all__ = [
     'ENDED_FILE',
@@ -24,6 +30,7 @@ __all__ = [
     'NoReportError',
     'RecordWriter',
     'Records',
+    'claim_folder',
     'copy_snapshots',
     'find_snapshots',
     'format_ranges',

@@ -7,6 +7,7 @@ header.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -17,6 +18,28 @@ import numpy as np
 from ..atomic import replacing
 
 FOLDER = 'snapshots'  # in a run's log folder
+
+
+def claim_folder(log_folder: str | os.PathLike) -> Path:
+    """Take a folder for the record and the snapshots of one run, which no other run has.
+
+    Log folders are named by the second: runs that are started at the same time have the same.
+
+    Args:
+        log_folder (str | PathLike): The run's log folder.
+
+    Returns:
+        Path: That folder, or one beside it with ``_2``, ``_3``, ... at the end of its name.
+    """
+    path = Path(log_folder)
+    for folder in itertools.chain([path], (Path(f'{path}_{n}') for n in itertools.count(2))):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / FOLDER).mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
 
 
 def write_snapshot(
