@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from mmengine.dist import all_gather_object, barrier
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
@@ -23,7 +24,8 @@ def refuse_model(runner: Runner) -> None:
     """Refuse models and settings of the Runner.
 
     Raises:
-        RuntimeError: If the model is under FSDP, or if it has psBN and the Runner is to trace it.
+        RuntimeError: If the model is under FSDP, if it has psBN and the Runner is to trace it, or
+            if ranks have different BN layers.
     """
     modules = list(runner.model.modules())
     bases = {base.__name__ for module in modules for base in type(module).__mro__}
@@ -38,6 +40,24 @@ def refuse_model(runner: Runner) -> None:
             'psBN: efficient_conv_bn_eval of the Runner traces the model with torch.fx, which '
             'cannot trace psBN: remove efficient_conv_bn_eval from the config'
         )
+    _refuse_unlike_ranks(unwrapped(runner.model))
+
+
+def _refuse_unlike_ranks(model: nn.Module) -> None:
+    """DistributedDataParallel compares the shapes of parameters, not what they are for."""
+    own = [
+        f'{name} ({type(norm).__name__}, {norm.num_features} channels)'
+        for name, norm in find_norms(model).items()
+    ]
+    first, *others = all_gather_object(own)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            unlike = next((x for x in [*other, *first] if (x in other) != (x in first)), first[0])
+            barrier()  # a rank that leaves early would have the others end for want of it
+            raise RuntimeError(
+                f'the ranks have different BN and psBN layers, rank 0 {len(first)} and rank {rank} '
+                f'{len(other)}, such as {unlike}: start all of them with the same config'
+            )
 
 
 def refuse_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:

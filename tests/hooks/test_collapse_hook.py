@@ -13,7 +13,7 @@ from torch import nn
 
 from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.collapse import census_of_state_dict
-from psbn_mmdet.hooks import CollapseHook
+from psbn_mmdet.hooks import CollapseHook, refusals
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.records import find_snapshots, read_snapshot
 
@@ -623,6 +623,17 @@ def test_fsdp_is_refused(tmp_path):
             run(tmp_path, model)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('hook', ['CollapseHook', 'RecoveryHook'])
+def test_ranks_with_other_layers_are_refused(tmp_path, monkeypatch, hook):
+    own = [f'{name} (PostShiftedBatchNorm2d, 8 channels)' for name in ('stem.1', 'head.1')]
+    for other, example in ((own[:1], own[1]), ([*own, 'x'], 'x'), (own[::-1], own[0])):
+        monkeypatch.setattr(refusals, 'all_gather_object', lambda mine: [mine, other])  # noqa: B023
+        sentence = f'2 and rank 1 {len(other)}, such as {example}: start all of them with the same'
+        with pytest.raises(RuntimeError, match=re.escape(sentence)):
+            run(tmp_path, Classifier(PostShiftedBatchNorm2d), custom_hooks=[dict(type=hook)])
+    assert 'loss: ' not in texts(tmp_path)
 
 
 def test_an_optimiser_that_cannot_be_watched_is_refused(tmp_path):
