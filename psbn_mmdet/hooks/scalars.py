@@ -12,6 +12,8 @@ from ..collapse import Census
 from .history import RECOVERED, Report
 
 PREFIX = 'train/collapse/'  # of the scalars in the message hub
+# Past values that the message hub keeps of each: it copies all of them at each new one.
+KEPT = 1000
 
 
 def log_scalars(hub: MessageHub, report: Report, names: Sequence[str], by_stage: bool) -> None:
@@ -38,6 +40,7 @@ def log_scalars(hub: MessageHub, report: Report, names: Sequence[str], by_stage:
             hub.log_scalars.pop(PREFIX + name, None)
         else:
             hub.update_scalar(PREFIX + name, value)
+            hub.log_scalars[PREFIX + name].max_length = KEPT
 
 
 def drop_scalars(hub: MessageHub) -> None:
