@@ -131,6 +131,7 @@ def check_train_config(cfg: Config) -> None:
     last = Path(cfg.get('work_dir') or '', 'last_checkpoint')
     if not checkpoint and cfg.get('resume') and last.is_file():
         checkpoint = last.read_text().strip()
+        _check_last(last, checkpoint)
     if checkpoint:
         _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
     for stage in ('train', 'val'):
@@ -321,6 +322,31 @@ def _resolve(checkpoint: str, setting: str, mend: str) -> str:
     if '://' in table[name]:
         return table[name]
     return os.path.join(mmengine_checkpoint._get_mmengine_home(), table[name])
+
+
+def _check_last(last: Path, checkpoint: str) -> None:
+    """A run that is killed in a save can leave this file empty, or what it names torn or gone."""
+    if checkpoint and ('://' in checkpoint or _can_be_resumed(os.path.expanduser(checkpoint))):
+        return
+    files = sorted(last.parent.glob('*.pth'), key=os.path.getmtime, reverse=True)
+    newest = next((file for file in files if _can_be_resumed(file)), None)
+    if newest is None and checkpoint:
+        return  # what is wrong with it is said by the checks of all checkpoints
+    mend = f'give --resume {newest}, the newest that can be' if newest else 'train without --resume'
+    if checkpoint:
+        raise PreflightError(
+            f'{last} names {checkpoint}, which cannot be resumed, perhaps since a run was killed in a '
+            f'save: {mend}'
+        )
+    raise PreflightError(f'{last} is empty, perhaps since a run was killed in a save: {mend}')
+
+
+def _can_be_resumed(file: str | Path) -> bool:
+    try:
+        content = read_torch(file)
+    except CheckpointError:
+        return False
+    return isinstance(content, dict) and {'meta', 'message_hub', 'optimizer'} <= content.keys()
 
 
 def _check_url(url: str, setting: str, mend: str) -> None:

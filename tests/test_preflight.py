@@ -362,6 +362,32 @@ def test_automatic_resume_from_a_checkpoint_that_is_gone(cfg, tmp_path):
     assert '/nowhere/epoch_1.pth does not exist' in refusal(check_train_config, cfg)
 
 
+def test_automatic_resume_after_a_kill_in_a_save(cfg, tmp_path):
+    cfg.resume = True
+    whole, torn, last = (
+        tmp_path / name for name in ('epoch_1.pth', 'epoch_2.pth', 'last_checkpoint')
+    )
+    torch.save(dict(state_dict={}), tmp_path / 'weights.pth')  # the newest, but no checkpoint
+    last.write_text('')
+    assert refusal(check_train_config, cfg) == (
+        f'{last} is empty, perhaps since a run was killed in a save: train without --resume'
+    )
+    torch.save(dict(meta={}, message_hub={}, optimizer={}, state_dict={}), whole)
+    os.utime(whole, (1, 1))
+    torn.write_bytes(whole.read_bytes()[:-100])
+    mend = f'give --resume {whole}, the newest that can be'
+    assert refusal(check_train_config, cfg).endswith(f'in a save: {mend}')
+    for file in (torn, tmp_path / 'gone.pth'):
+        last.write_text(str(file))
+        assert f'{last} names {file}, which cannot be resumed' in refusal(check_train_config, cfg)
+        assert refusal(check_train_config, cfg).endswith(mend)
+    last.write_text(str(whole))
+    check_train_config(cfg)
+    whole.unlink()
+    last.write_text(str(torn))
+    assert 'perhaps since it is incomplete' in refusal(check_train_config, cfg)
+
+
 def test_psbn_checkpoint_for_a_bn_model(bn_cfg, psbn_checkpoint):
     sentence = refusal(check_test_config, bn_cfg, psbn_checkpoint)
     assert f'{psbn_checkpoint} holds psBN layers (1, ...)' in sentence

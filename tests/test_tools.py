@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
@@ -95,6 +97,22 @@ def test_training_resumes(trained):
     assert result.returncode == 0, result.stdout + result.stderr
     assert 'resumed epoch: 1, iter: 2' in result.stdout + result.stderr
     assert (work_dir / 'epoch_2.pth').is_file()
+
+
+@pytest.mark.parametrize('begun', [False, True])
+def test_resuming_where_nothing_was_begun_starts_from_load_from(tmp_path, monkeypatch, begun):
+    """MMDetection's script would start from random weights."""
+    script = runpy.run_path(str(ROOT / 'tools/train.py'))
+    monkeypatch.setitem(script['check'].__globals__, 'check_train_config', lambda cfg: None)
+    if begun:
+        (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    args = Namespace(
+        work_dir=str(tmp_path), resume='auto', norm=None, norm_scope=None, watch_collapse=False
+    )
+    cfg = Config(dict(load_from='start.pth'))
+    script['check'](args, cfg)
+    wanted = (True, None, 'auto') if begun else (None, 'start.pth', None)
+    assert (cfg.get('resume'), cfg.load_from, args.resume) == wanted
 
 
 @pytest.fixture

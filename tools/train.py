@@ -29,10 +29,16 @@ def check(args, cfg):
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    lines = []
+    begun = Path(cfg.work_dir, 'last_checkpoint').is_file()
+    if args.resume == 'auto' and not begun and cfg.get('load_from'):
+        # MMDetection's script would forget load_from, and start from random weights.
+        args.resume = None
+        lines.append(f'nothing to resume in {cfg.work_dir}: the training starts from load_from')
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    lines = norm_switch.switch_config(cfg, args.norm, args.norm_scope, args.watch_collapse)
+    lines += norm_switch.switch_config(cfg, args.norm, args.norm_scope, args.watch_collapse)
     check_train_config(cfg)
     rank = os.getenv('RANK') or os.getenv('SLURM_PROCID') or '0'
     if lines and rank == '0':
