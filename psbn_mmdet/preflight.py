@@ -335,8 +335,8 @@ def _check_last(last: Path, checkpoint: str) -> None:
     mend = f'give --resume {newest}, the newest that can be' if newest else 'train without --resume'
     if checkpoint:
         raise PreflightError(
-            f'{last} names {checkpoint}, which cannot be resumed, perhaps since a run was killed in a '
-            f'save: {mend}'
+            f'{last} names {checkpoint}, which cannot be resumed, perhaps since a run was killed '
+            f'in a save: {mend}'
         )
     raise PreflightError(f'{last} is empty, perhaps since a run was killed in a save: {mend}')
 

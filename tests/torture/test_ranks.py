@@ -37,6 +37,7 @@ def on_two_ranks(work_dir: Path, what: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.torture
 def test_a_rank_that_dies_ends_the_job_and_the_record_is_whole(tmp_path):
     result = on_two_ranks(tmp_path, 'dies')
     cases.count()
@@ -48,6 +49,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_record_is_whole(tmp_path):
     assert not list(tmp_path.rglob('*.part'))
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize('what', ['kind', 'number', 'name'])
 def test_ranks_with_other_layers_are_refused_before_the_first_step(tmp_path, what):
     result = on_two_ranks(tmp_path, what)
@@ -69,6 +71,7 @@ def test_ranks_with_other_layers_are_refused_before_the_first_step(tmp_path, wha
     assert not list(tmp_path.glob('*/collapse.jsonl'))
 
 
+@pytest.mark.torture
 def test_ranks_with_other_parameters_are_refused_by_torch(tmp_path):
     result = on_two_ranks(tmp_path, 'parameters')
     cases.count()
