@@ -113,7 +113,7 @@ def test_rank_0_alone_writes(work_dir):
 
 def test_all_ranks_train_psbn(work_dir):
     for witness in witnesses(work_dir):
-        assert witness['norms'] == ['PostShiftedBatchNorm2d'] * 20
+        assert witness['norms'] == ['PostShiftedBatchNorm2d'] * (20 + 8)  # backbone and neck
 
 
 def test_ranks_tell_each_other_nothing_in_a_step(work_dir):
