@@ -61,6 +61,11 @@ def switch_config(
     """
     if scope and not norm:
         raise PreflightError('--norm-scope is for --norm: add --norm psBN or leave it out')
+    if norm and not isinstance(cfg.get('model'), dict):
+        raise PreflightError(
+            f'model is {reprlib.repr(cfg.get("model"))}, not a dict, and has no norms to replace: '
+            'give a config with a model, or leave out --norm'
+        )
     lines = _switch(cfg, norm, scope) if norm else []
     if norm == 'psBN' or watch:
         _import_package(cfg)
@@ -89,6 +94,11 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
     by_config = {name: kind for name, kind, _ in kinds_of_norms(model)}
     left = switch_norms(model, norm, scope)
     after = {name: kind for name, kind, _ in kinds_of_norms(model)}
+    if norm == 'psBN' and norm not in after.values():
+        raise PreflightError(
+            f'--norm {norm}: none of its BN can be replaced ({", ".join(set(left.values()))}): '
+            'leave out --norm'
+        )
     if after != by_config:
         cfg.model = ConfigDict(
             type=SWITCHED,
@@ -169,8 +179,13 @@ def _edit(model: ConfigDict, norm: str, scope: str | None) -> None:
 
 def _import_package(cfg: Config) -> None:
     given = cfg.get('custom_imports') or {}
-    imports = given.get('imports') or []
-    imports = [imports] if isinstance(imports, str) else list(imports)
+    imports = given.get('imports') or [] if isinstance(given, dict) else None
+    imports = [imports] if isinstance(imports, str) else imports
+    if not isinstance(imports, (list, tuple)):
+        raise PreflightError(
+            f'custom_imports is {reprlib.repr(given)}, not a dict with a list of imports: set it '
+            "in the config, such as custom_imports=dict(imports=['psbn_mmdet'])"
+        )
     if __package__ not in imports:
         settings: dict[str, Any] = {'allow_failed_imports': False, **given}
         cfg.custom_imports = {**settings, 'imports': [*imports, __package__]}

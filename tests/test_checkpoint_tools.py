@@ -189,9 +189,9 @@ def test_a_picture_is_drawn(folder, tmp_path):
     [
         (['none.pth'], 'none.pth does not exist'),
         (['well.pth', '--config', 'none.py'], 'none.py (in '),
-        (['well.pth', '--k', '-1'], 'must be a finite number >= 0, got -1'),
+        (['well.pth', '--k', '-1'], 'must be a number from 0 to 1,000,000, got -1'),
         (['well.pth', 'other.pth'], 'have no layer in common'),
-        (['plain.pth'], 'only BN without gamma or bias'),
+        (['plain.pth'], 'only BN that cannot be audited'),
         (['well.pth', '--key', 'ema'], "no state dict 'ema'"),
     ],
 )

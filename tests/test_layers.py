@@ -235,6 +235,15 @@ def test_sync_bn_stays_itself_in_one_process_without_a_warning(image, kwargs, ca
     assert 'Failed to convert' not in caplog.text
 
 
+def test_the_sync_bn_that_configs_build_is_converted_and_keeps_its_function(image):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), MODELS.build(dict(type='SyncBN', num_features=6)))
+    nn.init.normal_(model[1].bias)
+    expected = model.eval()(image)
+    assert isinstance(bn_to_psbn(model)[1], PostShiftedSyncBatchNorm)
+    assert torch.allclose(model(image), expected, atol=1e-6)
+    assert type(psbn_to_bn(model)[1]) is nn.SyncBatchNorm
+
+
 # State dicts
 
 

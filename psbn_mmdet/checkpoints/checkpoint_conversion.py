@@ -61,7 +61,7 @@ def convert_checkpoint(
     done = Conversion()
     old_kind = 'BN' if to == 'psbn' else 'psBN'
     old_entry, new_entry = ('bias', 'beta') if to == 'psbn' else ('beta', 'bias')
-    new_dicts: dict[int, Any] = {}  # by the identity of the old one
+    new_dicts: dict[int, Any] = {}  # and lists, by the identity of the old one
     names: dict[str, str] = {}
     found = dict(find_state_dicts(content))
     for key, state_dict in found.items():
@@ -93,10 +93,15 @@ def convert_checkpoint(
         if isinstance(value, dict):
             new = value.copy()  # of the same class
             new.clear()
+            new_dicts[id(value)] = new  # which may be in itself
             new.update((rebuilt(k), rebuilt(v, k)) for k, v in value.items())
             return new
-        if type(value) in (list, tuple):
-            return type(value)(map(rebuilt, value))
+        if type(value) is list:
+            items = new_dicts[id(value)] = []
+            items.extend(map(rebuilt, value))
+            return items
+        if type(value) is tuple:
+            return tuple(map(rebuilt, value))
         if isinstance(value, str):
             if value in names:
                 done.renamed += 1
@@ -108,12 +113,17 @@ def convert_checkpoint(
     def _config(text: str) -> str:
         try:
             new = config_to_psbn(text, shift) if to == 'psbn' else config_to_bn(text)
-        except SyntaxError:
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # no Python, or hostile
             return text
         done.configs += new != text
         return new
 
-    new_content = rebuilt(content)
+    try:
+        new_content = rebuilt(content)
+    except RecursionError:
+        raise CheckpointError(
+            'it is nested too deep to be copied: save the state dict alone'
+        ) from None
     if isinstance(content, SafetensorsContent):
         new_content = SafetensorsContent(new_content, content.metadata)
     return new_content, done

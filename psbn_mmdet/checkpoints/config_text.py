@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from ..layers.switch import SWITCHED
 
@@ -28,7 +28,7 @@ def config_to_psbn(text: str, shift: float) -> str:
     replaced = _replace_types(tree, TO_PSBN, shift)
     if not _switch(tree) and not replaced:
         return text
-    imports = _value(_assigned(tree, 'custom_imports'), 'imports')
+    imports = _imports(tree)
     if imports is None:
         tree.body += ast.parse(_IMPORT).body
     elif isinstance(imports, ast.List) and _PACKAGE not in map(_constant, imports.elts):
@@ -46,13 +46,28 @@ def config_to_bn(text: str) -> str:
     switched = _undo_switch(tree)
     if not _replace_types(tree, TO_BN, None) and not switched:
         return text
-    imports = _value(_assigned(tree, 'custom_imports'), 'imports')
+    imports = _imports(tree)
     if isinstance(imports, ast.List):
         imports.elts = [item for item in imports.elts if _constant(item) != _PACKAGE]
     hooks = _assigned(tree, 'custom_hooks')
     if isinstance(hooks, ast.List):
         hooks.elts = [h for h in hooks.elts if _constant(_value(h, 'type')) not in _HOOKS]
-    return ast.unparse(tree)
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _imports(tree: ast.Module) -> ast.expr | None:
+    """What a config imports, as the list that MMEngine makes of a single name, or of none."""
+    given = _assigned(tree, 'custom_imports')
+    imports = _value(given, 'imports')
+    if not isinstance(imports, ast.Constant):
+        return imports
+    new = ast.List([imports] if imports.value else [], ast.Load())
+    if isinstance(given, ast.Call):
+        given.keywords = [ast.keyword(k.arg, k.value) for k in given.keywords if k.arg != 'imports']
+        given.keywords.append(ast.keyword('imports', new))
+    elif isinstance(given, ast.Dict):
+        given.values = [new if v is imports else v for v in given.values]
+    return new
 
 
 def _replace_types(tree: ast.AST, new_of_old: Mapping[str, str], shift: float | None) -> bool:
@@ -101,12 +116,12 @@ def _undo_switch(tree: ast.AST) -> bool:
     changed = False
     for node in ast.walk(tree):
         kind, own = _value(node, 'type'), _value(node, 'model_type')
-        if not isinstance(kind, ast.Constant) or kind.value != SWITCHED or own is None:
+        if _constant(kind) != SWITCHED or _constant(own) is None:
             continue
         if _constant(_value(node, 'norm')) == 'BN':
             continue
         changed = True
-        kind.value = _constant(own)
+        cast(ast.Constant, kind).value = _constant(own)
         _remove(node, 'model_type', 'norm', 'norm_scope')
     return changed
 
@@ -138,7 +153,7 @@ def _constant(node: ast.AST | None) -> Any:
 
 
 def _assigned(tree: ast.Module, name: str) -> ast.expr | None:
-    for node in tree.body:
+    for node in reversed(tree.body):  # the last one stands
         if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]:
             return node.value
     return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from .onnx import read_onnx
 
 # What wraps a network and puts its name before every key.
 _WRAPPERS = ('module.', '_orig_mod.')
-_RANGES = r'(\d{1,9}(-\d{1,9})?(,|$))*'  # of channels
 
 
 class CheckpointError(ValueError):
@@ -172,14 +172,18 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def find_state_dicts(content: Any, path: str = '') -> Iterator[tuple[str, dict]]:
     """Find the dicts in a file's content that hold BN or psBN layers, each with its path."""
-    if not isinstance(content, dict):
-        return
-    if find_norm_states(content):
-        yield path, content
-        return
-    for key, value in content.items():
-        if isinstance(key, str):
-            yield from find_state_dicts(value, f'{path}.{key}' if path else key)
+    seen: set[int] = set()  # a dict may be in itself, or in many places
+    waiting = [(path, content)]
+    while waiting:
+        path, value = waiting.pop()
+        if not isinstance(value, dict) or id(value) in seen:
+            continue
+        if find_norm_states(value):
+            yield path, value
+            continue
+        seen.add(id(value))
+        inner = [(f'{path}.{k}' if path else k, v) for k, v in value.items() if isinstance(k, str)]
+        waiting += reversed(inner)
 
 
 def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
@@ -226,20 +230,20 @@ def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
 
 
 def _unstarted(
-    content: dict, layers: Iterable[str], state_dict: Mapping[str, Any]
+    content: dict, layers: Mapping[str, str], state_dict: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     info: Any = content
     for key in ('message_hub', 'runtime_info', UNSTARTED_INFO):
         info = info.get(key) if isinstance(info, dict) else None
     if not isinstance(info, dict):
         return {}
-    sizes = {name: len(state_dict[entry_key(name, 'running_var')]) for name in layers}
-    texts = {name: str(info.get(name, '')) for name in sizes}
-    return {
-        name: parse_ranges(text, sizes[name])
-        for name, text in texts.items()
-        if re.fullmatch(_RANGES, text)
-    }
+    found = {}
+    for name, kind in layers.items():
+        if kind in ('BN', 'psBN'):
+            channels = len(state_dict[entry_key(name, 'weight')])
+            with suppress(ValueError):  # ranges that are none of this layer tell nothing
+                found[name] = parse_ranges(str(info.get(name, '')), channels)
+    return found
 
 
 def _roles(found: Mapping[str, dict]) -> dict[str, str]:

@@ -23,9 +23,9 @@ begun, unless the training has told otherwise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,14 @@ from ..layers import (
     find_norm_states,
     rectifier_closed,
 )
+from ..layers.state_dict import has_plain_values
 from ..records import KINDS, stage_of
 
 RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
 # What follows a layer is not known, and taken for a rectifier.
 ASSUMED = 'assumed'
+_ENTRIES = ('weight', 'bias', 'beta', 'shift', 'running_mean', 'running_var')
+MOST_K = 10**6  # standard deviations; with far more, float32 overflows
 
 
 @dataclass(frozen=True)
@@ -209,12 +212,20 @@ def check_thresholds(tau: float, k: float) -> None:
     """Check the thresholds of a census.
 
     Raises:
-        ValueError: If ``tau`` is not in [0, 1) or ``k`` not a finite number >= 0.
+        ValueError: If ``tau`` is not in [0, 1) or ``k`` not from 0 to a million.
     """
-    if not 0 <= tau < 1:
-        raise ValueError(f'tau, the largest |gamma| called vanished, must be in [0, 1), got {tau}')
-    if not (math.isfinite(k) and k >= 0):
-        raise ValueError(f'k, in standard deviations, must be a finite number >= 0, got {k}')
+    if not (_is_number(tau) and 0 <= tau < 1):
+        raise ValueError(
+            f'tau, the largest |gamma| called vanished, must be in [0, 1), got {tau!r}'
+        )
+    if not (_is_number(k) and 0 <= k <= MOST_K):
+        raise ValueError(
+            f'k, in standard deviations, must be a number from 0 to {MOST_K:,}, got {k!r}'
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def find_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -335,6 +346,11 @@ def census_of_state_dict(
     for name, norm in find_norm_states(state_dict).items():
         if norm not in ('BN', 'psBN'):
             continue
+        if any(
+            isinstance(value, torch.Tensor) and value.is_meta
+            for value in (state_dict.get(entry_key(name, entry)) for entry in _ENTRIES)
+        ):
+            raise ValueError(f'{name} is on the meta device, without values: give a whole file')
         gamma = _to_numpy([state_dict[entry_key(name, 'weight')]])
         bias = _to_numpy([state_dict[entry_key(name, 'bias' if norm == 'BN' else 'beta')]])
         if norm == 'psBN':
@@ -391,8 +407,18 @@ def _unstarted(
     # One channel alone tells nothing.
     alike = len(gamma) > 1 and bool((gamma == gamma[0]).all() and (bias == bias[0]).all())
     if alike and mean is not None and var is not None:
-        alike = bool((mean == 0).all() and (var == 1).all())
+        alike = _all_equal(mean, 0, len(gamma)) and _all_equal(var, 1, len(gamma))
     return np.full(len(gamma), alike)
+
+
+def _all_equal(values: Any, wanted: float, channels: int) -> bool:
+    """Whether statistics of so many channels, which a file may have as anything, are all equal."""
+    return (
+        isinstance(values, torch.Tensor)
+        and values.shape == (channels,)
+        and has_plain_values(values)
+        and bool((values == wanted).all())
+    )
 
 
 def _to_numpy(tensors: Iterable[torch.Tensor]) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from ..report.style import printable
+
 
 def say(text: str) -> None:
     """Print what was found, at once, so that a full disk is an error and not a lost result.
@@ -28,8 +30,3 @@ def complain(tool: str, error: Exception) -> int:
     """Print why a tool stops, on one line of its standard error, and return the exit code."""
     print(f'{tool}: {printable(str(error))}', file=sys.stderr)
     return 1
-
-
-def printable(line: str) -> str:
-    """A line without what steers a terminal."""
-    return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in line)

@@ -99,7 +99,10 @@ def make_audit(args: argparse.Namespace) -> Audit:
             unstarted=weights.unstarted,
         )
         if not census.layers:
-            raise ValueError(f'{path} has only BN without gamma or bias: there is nothing to audit')
+            why = ', '.join(sorted(set(find_norm_states(weights.state_dict).values())))
+            raise ValueError(
+                f'{path} has only BN that cannot be audited ({why}): give another file'
+            )
         counted.append(census)
     weights, after = read[-1], counted[-1]
     before = counted[0] if len(counted) == 2 else None

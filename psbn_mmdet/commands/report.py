@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ..report import follow_report, write_report
+from ..report.style import shorten
 from . import complain, say
 
 
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if len(set(labels)) != len(labels):
             raise ValueError(
-                f'the labels {", ".join(labels)} are not all different: give others with --labels'
+                f'the labels {shorten(", ".join(labels), 200)} are not all different: give others '
+                'with --labels'
             )
         runs = dict(zip(labels, args.work_dirs))
         if args.follow:

@@ -94,17 +94,21 @@ class CollapseHook(Hook):
         scalars: Sequence[str] = ('collapsed', 'vanished', 'dead', 'trapped', 'revived'),
         by_stage: bool = False,
     ) -> None:
-        if not isinstance(interval, int) or interval < 1:
+        if not _is_count(interval):
             raise ValueError(f'CollapseHook: interval must be an integer >= 1, got {interval!r}')
-        if window is not None and not (isinstance(window, int) and window >= 1):
+        if window is not None and not _is_count(window):
             raise ValueError(
                 f'CollapseHook: window must be None or an integer >= 1, got {window!r}'
             )
+        if not isinstance(scalars, (list, tuple)):
+            raise ValueError(f'CollapseHook: scalars must be a list of names, got {scalars!r}')
         for name in scalars:
             if name not in COUNTS:
                 raise ValueError(
                     f'CollapseHook: scalars must be among {", ".join(COUNTS)}, got {name!r}'
                 )
+        if not isinstance(by_stage, bool):
+            raise ValueError(f'CollapseHook: by_stage must be True or False, got {by_stage!r}')
         check_thresholds(tau, k)
         self.interval = interval
         self.tau = tau
@@ -323,6 +327,10 @@ class CollapseHook(Hook):
 
 def _recovery_hook(runner: Runner) -> RecoveryHook | None:
     return next((hook for hook in runner.hooks if isinstance(hook, RecoveryHook)), None)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:

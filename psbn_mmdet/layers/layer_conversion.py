@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from mmengine.model.utils import _BatchNormXd
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
@@ -28,6 +29,7 @@ _PSBN_OF_BN: dict[type[_BatchNorm], type[PostShiftedBatchNorm]] = {
     nn.BatchNorm2d: PostShiftedBatchNorm2d,
     nn.BatchNorm3d: PostShiftedBatchNorm3d,
     nn.SyncBatchNorm: PostShiftedSyncBatchNorm,
+    SyncBatchNorm: PostShiftedSyncBatchNorm,  # the SyncBN of configs, which is torch's
     # What MMEngine makes of SyncBN in a run of one process; it takes inputs of any shape.
     _BatchNormXd: PostShiftedSyncBatchNorm,
 }
@@ -58,7 +60,7 @@ def bn_to_psbn(network: ModuleOrStateDict, shift: float = 0.1) -> ModuleOrStateD
     Raises:
         ValueError: If ``shift`` is not a finite number > 0.
     """
-    shift = check_shift(shift)
+    check_shift(shift)
     tied = _Tied()
     if isinstance(network, nn.Module):
         return replace_layers(network, lambda name, layer: _to_psbn(layer, shift, tied))
@@ -101,7 +103,9 @@ def psbn_to_bn(network: ModuleOrStateDict) -> ModuleOrStateDict:
         if kind == 'psBN':
             beta, shift = entry_key(name, 'beta'), entry_key(name, 'shift')
             bias = at_least_float32(network[beta]) + at_least_float32(network[shift])
-            bias = tied(network[beta], bias.to(network[beta].dtype))
+            if network[beta].is_floating_point():  # integers cannot hold a bias
+                bias = bias.to(network[beta].dtype)
+            bias = tied(network[beta], bias.reshape(network[beta].shape))
             edits[beta] = {entry_key(name, 'bias'): bias}
             edits[shift] = {}
     return _edited(network, edits)
@@ -193,8 +197,9 @@ def replace_layers(module: nn.Module, convert: Callable[[str, nn.Module], nn.Mod
 def _edited(state_dict: Mapping[str, Any], edits: Mapping[str, dict[str, Tensor]]) -> Any:
     """A copy of a state dict with each key of ``edits`` replaced, in its place, by other items."""
     edited: Any = OrderedDict()
+    made = {key for items in edits.values() for key in items}  # none may come from elsewhere, too
     for key, value in state_dict.items():
-        edited.update(edits.get(key, {key: value}))
+        edited.update(edits.get(key, {} if key in made else {key: value}))
     if hasattr(state_dict, '_metadata'):  # torch's versions of the modules
         edited._metadata = state_dict._metadata
     return edited

@@ -17,6 +17,8 @@ BN (fusing, exporting, freezing) sees b and stays exact.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -26,26 +28,38 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .cpu_sync import batch_norm_over_ranks
+from .state_dict import has_plain_values
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_shift(shift: float) -> float:
+def check_shift(shift: float, dtype: torch.dtype = torch.float32) -> float:
     """Check the constant alpha of psBN.
 
     Args:
         shift (float): The constant added after BN.
+        dtype (torch.dtype): The type that has to hold it. Defaults to float32.
 
     Returns:
         float: The same value.
 
     Raises:
-        ValueError: If ``shift`` is not a finite number > 0.
+        ValueError: If ``shift`` is not a finite number > 0, or 0 or infinite in ``dtype``.
     """
     is_number = isinstance(shift, (int, float)) and not isinstance(shift, bool)
-    if not is_number or not math.isfinite(shift) or shift <= 0:
+    if not is_number or not 0 < shift <= sys.float_info.max:  # so is an int beyond all floats
         raise ValueError(f'psBN: shift must be a finite number > 0, got {shift!r}')
+    held = _held(shift, dtype)
+    if not 0 < held < math.inf:
+        raise ValueError(
+            f'psBN: shift={shift!r} is {held:g} in {dtype}: give one that this type can hold'
+        )
     return float(shift)
+
+
+def _held(value: float, dtype: torch.dtype) -> float:
+    """A number as a type holds it, whatever the default device is."""
+    return float(torch.tensor(float(value), dtype=torch.float64, device='cpu').to(dtype))
 
 
 def rectifier_closed(gamma: Any, bias: Any, k: float = 3.0) -> Any:
@@ -93,7 +107,8 @@ class PostShiftedBatchNorm(_BatchNorm):
         read_as_bn (bool): Whether what was loaded last was a BN state dict.
 
     Raises:
-        ValueError: If ``shift`` is not a finite number > 0.
+        ValueError: If ``shift`` is not a finite number > 0 in ``dtype``, or ``dtype`` not one of
+            real numbers.
     """
 
     read_as_bn = False
@@ -111,7 +126,9 @@ class PostShiftedBatchNorm(_BatchNorm):
         bias: bool = True,
         shift: float = 0.1,
     ) -> None:
-        shift = check_shift(shift)
+        if dtype is not None and not getattr(dtype, 'is_floating_point', False):
+            raise ValueError(f'psBN: dtype must be a floating-point type, got {dtype!r}')
+        shift = check_shift(shift, dtype or torch.get_default_dtype())
         super().__init__(num_features, eps, momentum, False, track_running_stats, device, dtype)
         del self._parameters['bias']
         self.shift_value = shift
@@ -155,8 +172,8 @@ class PostShiftedBatchNorm(_BatchNorm):
         )
 
     def _shift_in(self, dtype: torch.dtype) -> float:
-        """The constant alpha as a type holds it, whatever the default device is."""
-        return float(torch.tensor(self.shift_value, dtype=dtype, device='cpu'))
+        """The constant alpha as a type holds it."""
+        return _held(self.shift_value, dtype)
 
     def _load_from_state_dict(
         self,
@@ -170,6 +187,10 @@ class PostShiftedBatchNorm(_BatchNorm):
     ) -> None:
         # BN and psBN are told apart by their keys: not every loader hands on the version.
         state_dict = dict(state_dict)
+        wrong = [f'{prefix}{key} {why}' for key, why in _unreadable(state_dict, prefix)]
+        if wrong:
+            error_msgs += wrong
+            return
         beta, bias, shift = (
             cast(Any, state_dict.get(prefix + key)) for key in ('beta', 'bias', 'shift')
         )
@@ -181,6 +202,8 @@ class PostShiftedBatchNorm(_BatchNorm):
         other = None if shift is None or shift.is_meta else float(shift)
         same = other is None or other in map(self._shift_in, _FLOATS)
         source: Any = bias if is_bn else beta
+        if source is not None and not source.is_floating_point():
+            source = source.float()  # integers cannot hold a beta
         assign = local_metadata.get('assign_to_params_buffers', False)
         if self.beta is None:
             if not same:
@@ -197,7 +220,7 @@ class PostShiftedBatchNorm(_BatchNorm):
         kept = same and (assign or shift is None or shift.dtype == self.shift.dtype)
         if is_bn or not kept:
             like: Any = bias if shift is None else shift
-            dtype = like.dtype if assign else self.shift.dtype
+            dtype = like.dtype if assign and like.is_floating_point() else self.shift.dtype
             state_dict[prefix + 'shift'] = like.new_tensor(self.shift_value, dtype=dtype)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -205,8 +228,24 @@ class PostShiftedBatchNorm(_BatchNorm):
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32, all else as it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """Half precision, float8 and integers as float32, all else as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _unreadable(state_dict: dict, prefix: str) -> Iterator[tuple[str, str]]:
+    """The entries of a layer that it cannot take over, and why: torch would guess, or crash."""
+    for key in ('weight', 'bias', 'beta', 'shift', 'running_mean', 'running_var'):
+        value = state_dict.get(prefix + key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            yield key, f'is no tensor in the state dict, but a {type(value).__name__}'
+        elif not has_plain_values(value):
+            yield key, f'has no plain real numbers in the state dict, but {value.dtype}'
+        elif key == 'shift' and value.numel() != 1:
+            yield key, f'is no single number in the state dict, but of {tuple(value.shape)}'
+        elif key == 'shift' and not value.is_meta and not 0 < float(value) < math.inf:
+            yield key, f'must be a finite number > 0, is {float(value):g} in the state dict'
 
 
 # `_BatchNorm` stands among the bases of each class since MMEngine's weight initialisation looks

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+MOST_CHANNELS = 10**6  # a file of a few bytes can claim any number, by strides of 0
 
 
 def entry_key(layer: str, entry: str) -> str:
     """The key of a layer's entry in a state dict; the layer '' is itself the network."""
     return f'{layer}.{entry}' if layer else entry
+
+
+def has_plain_values(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain array of real numbers: not complex, quantised or sparse."""
+    return not (tensor.is_complex() or tensor.is_quantized) and tensor.layout == torch.strided
 
 
 def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
@@ -43,6 +50,12 @@ def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
         values = entries['shift'].numel() if 'shift' in has else 1  # type: ignore[union-attr]
         if len(shapes) > 1 or len(next(iter(shapes))) != 1 or values != 1:
             found[name] = 'shapes differ'
+        elif not all(has_plain_values(cast(Tensor, entries[entry])) for entry in has):
+            found[name] = 'no plain real numbers'
+        elif not 1 <= next(iter(shapes))[0] <= MOST_CHANNELS:
+            found[name] = f'not 1 to {MOST_CHANNELS:,} channels'
+        elif 'shift' in has and cast(Tensor, entries['shift']).numel() != 1:
+            found[name] = 'no single shift'
         elif 'weight' not in has:
             found[name] = 'no gamma'
         elif has >= {'beta', 'shift'}:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from ..atomic import replacing
 RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
 ENDED_FILE = 'collapse.ended'  # beside it, empty, once the training has come to its end
 FORMAT = 1
+_RANGE = re.compile(r'(\d{1,9})(?:-(\d{1,9}))?', re.ASCII)
 # What reading a line of anything may raise.
 _DAMAGES = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -110,10 +113,19 @@ def stream_records(
         NoReportError: If the file has no whole header; it is a ValueError.
         ValueError: If a line is damaged; the message has its number.
     """
+    last = -1
 
     def take(number: int, value: Any) -> None:
+        nonlocal last
         if number == 1 and value['format'] != FORMAT:
-            raise ValueError(f'format {value["format"]}, this version reads {FORMAT}')
+            raise ValueError(f'format {reprlib.repr(value["format"])}, this version reads {FORMAT}')
+        if number > 1:
+            iteration = value['iter']
+            if type(iteration) is not int or not last < iteration < 2**63:
+                raise ValueError(
+                    f'iteration {reprlib.repr(iteration)} does not follow the one before'
+                )
+            last = iteration
         (take_header if number == 1 else take_report)(value)
 
     empty = True
@@ -147,14 +159,22 @@ def stream_json(file: BinaryIO, take: Callable[[int, Any], object]) -> Iterator[
             take(number, value)
         except _DAMAGES as error:
             raise ValueError(
-                f'{file.name}, line {number} is damaged ({error}): restore the file, '
+                f'{file.name}, line {number} is damaged ({_shown(error)}): restore the file, '
                 'or delete the line'
             ) from None
         yield value
 
 
 def _check_report(report: dict[str, Any]) -> None:
-    report['iter'], report['total']['collapsed'], report['channels']['collapsed']
+    count = report['total']['collapsed']
+    if count is not None and type(count) is not int:
+        raise ValueError(f'the count {reprlib.repr(count)} is no integer')
+    report['channels']['collapsed'].items()
+
+
+def _shown(error: BaseException) -> str:
+    """What is wrong with a line; of a key that is missing the error has the name only."""
+    return f'no {error}' if isinstance(error, KeyError) else str(error)
 
 
 class RecordWriter:
@@ -212,9 +232,16 @@ def format_ranges(mask: np.ndarray) -> str:
 
 
 def parse_ranges(ranges: str, channels: int) -> np.ndarray:
-    """Read ranges, such as '0-3,7', as a bool mask of shape (channels,)."""
+    """Read ranges, such as '0-3,7', as a bool mask of shape (channels,).
+
+    Raises:
+        ValueError: If a part is no range of these channels.
+    """
     mask = np.zeros(channels, dtype=bool)
     for part in filter(None, ranges.split(',')):
-        start, _, stop = part.partition('-')
-        mask[int(start) : int(stop or start) + 1] = True
+        match = _RANGE.fullmatch(part)
+        start, stop = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not start <= stop < channels:
+            raise ValueError(f'{reprlib.repr(part)} is no range of {channels} channels')
+        mask[start : stop + 1] = True
     return mask

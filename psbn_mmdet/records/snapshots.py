@@ -96,13 +96,15 @@ def read_snapshot(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, n
         ValueError: If the file is damaged or of another network.
     """
     try:
-        # Mapped, which takes no memory for what is claimed and not there.
-        values: np.ndarray = np.load(path, mmap_mode='r', allow_pickle=False)
+        # Mapped: whatever size a damaged file claims to have, no memory is taken for it.
+        values = np.load(path, mmap_mode='r', allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.dtype.kind != 'f':
-            raise ValueError('no array of real numbers')
+            raise ValueError('no array of floating-point numbers')
         if values.shape != (2, channels):
             raise ValueError(f'shape {values.shape}, the record has {channels} channels')
-    except (ValueError, EOFError, OverflowError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header brings about
         raise ValueError(f'{path} is no snapshot of this run ({error}): delete it') from None
     return values[0].astype(np.float32), values[1].astype(np.float32)
 

@@ -24,7 +24,7 @@ from ..collapse import Census, LayerCensus, compare
 from ..forecast import Forecast
 from ..records import format_ranges
 from .channels import BLUE, draw_channels
-from .style import STYLE, shorten
+from .style import STYLE, printable, shorten
 
 KINDS = ('unstarted', 'vanished', 'dead', 'broken', 'collapsed')
 WIDTH = 120  # characters of a table
@@ -121,7 +121,9 @@ def audit_to_csv(audit: Audit) -> str:
         rectified = {True: 'yes', False: 'no', None: ''}[layer.rectified]
         counts = [int(masks[kind].sum()) for kind in kinds]
         which = format_ranges(masks['collapsed']).replace(',', ' ')
-        writer.writerow([layer.name, layer.norm, rectified, layer.channels, *counts, which])
+        writer.writerow(
+            [printable(layer.name), layer.norm, rectified, layer.channels, *counts, which]
+        )
     totals = [sum(int(masks[kind].sum()) for _, masks in rows) for kind in kinds]
     writer.writerow(['total', '', '', audit.census.channels, *totals, ''])
     return text.getvalue()
@@ -147,14 +149,14 @@ def audit_to_text(audit: Audit) -> str:
     for layer, masks in shown:
         rectified = {True: 'yes', False: 'no', None: '?'}[layer.rectified]
         counts = [str(int(masks[kind].sum())) for kind in kinds]
-        texts = [layer.name, rectified, str(layer.channels), *counts, _why(masks)]
+        texts = [printable(layer.name), rectified, str(layer.channels), *counts, _why(masks)]
         table.add_row(*map(Text, texts))
     totals = [str(sum(int(masks[kind].sum()) for _, masks in rows)) for kind in kinds]
     table.add_section()
     table.add_row('all', '', str(audit.census.channels), *totals, f'{audit.percent:.2f} %')
     text = io.StringIO()
     Console(file=text, width=WIDTH).print(table)
-    lines = [audit.source, text.getvalue().rstrip()]
+    lines = [printable(audit.source), text.getvalue().rstrip()]
     hidden = len(rows) - len(shown)
     if hidden:
         lines.append(f'{hidden} of {len(rows)} layers have none and are not shown.')
@@ -173,7 +175,8 @@ def audit_to_text(audit: Audit) -> str:
             'if none does. The config of the model tells: --config.'
         )
     if audit.unmatched():
-        lines.append(f'Not compared, since not alike in both: {", ".join(audit.unmatched())}.')
+        names = printable(', '.join(audit.unmatched()))
+        lines.append(f'Not compared, since not alike in both: {names}.')
     if audit.forecast:
         lines += ['', 'In the training of the config, on one process:']
         of = ' with --norm psBN' if audit.switched else ''

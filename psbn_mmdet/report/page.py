@@ -119,6 +119,8 @@ def check_request(work_dirs: Mapping[str, str | os.PathLike], out: str | os.Path
         raise ValueError(
             f'{len(work_dirs)} runs cannot be told apart by colour: give 1 to {len(COLOURS)}'
         )
+    if not all(isinstance(label, str) for label in work_dirs):
+        raise ValueError(f'the labels {list(work_dirs)} are not all texts: give each run a name')
     if not all(label.strip() for label in work_dirs):
         raise ValueError("a label is empty, '': give each run a name")
     out = Path(out)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from ..records import (
 )
 from .thinning import Columns
 
-MOST_CHANNELS = 10_000_000  # of a record, far beyond any network, and still little memory
-MOST_STEPS = 10**15  # of a training; figures take no more
+# What a record may claim, so that a damaged one takes no memory without bound.
+MOST_CHANNELS, MOST_LAYERS, MOST_CHANGES, MOST_K = 10**6, 10**4, 2 * 10**7, 10**6
 _COUNTS = {int, type(None)}
 SCORES = {'AP': r'(.*/)?(bbox_)?m?AP', 'AP50': r'(.*/)?(bbox_)?m?AP_?50'}
 SCORE_LOG = Path('vis_data', 'scalars.json')  # in a run's log folder
@@ -227,7 +228,12 @@ def read_run(
             f'{path} has no report yet: train for more than one interval '
             f'({reading.header["interval"]} iterations)'
         )
-    events = reading.finish()
+    try:
+        events = reading.finish()
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f'{path}, the last line is damaged ({error}): restore the file, or delete the line'
+        ) from None
     iterations = np.array(reading.iterations)
     last = reading.last
     progress(1.0)
@@ -293,6 +299,7 @@ class _Events:
         self.count = 0  # of collapsed channels in the state
         self._growing = array('q'), array('q'), array('b')
         self._recovered: dict[int, list[int]] = {}  # iterations by channel
+        self._openings = 0
         self.iterations: np.ndarray = np.empty(0, np.int64)
         self.channels: np.ndarray = self.iterations
         self.values: np.ndarray = self.iterations
@@ -303,12 +310,17 @@ class _Events:
         self.state[channels] = value
         self.count += len(channels) if value else -len(channels)
         iterations, numbers, values = self._growing
+        if len(iterations) + len(channels) > MOST_CHANGES:
+            raise ValueError(f'more than {MOST_CHANGES:,} changes of channels')
         iterations.extend([iteration] * len(channels))
         numbers.extend(channels.tolist())
         values.extend([value] * len(channels))
 
     def recover(self, iteration: int, channels: np.ndarray) -> None:
         """Note that channels, by their numbers among all, were opened by RecoveryHook."""
+        self._openings += len(channels)
+        if self._openings > MOST_CHANGES:
+            raise ValueError(f'more than {MOST_CHANGES:,} openings of channels')
         for channel in channels.tolist():
             self._recovered.setdefault(channel, []).append(iteration)
 
@@ -380,15 +392,15 @@ class _Reading:
         self.counts = {kind: array('d') for kind in (*KINDS, 'collapsed')}
 
     def take_header(self, header: dict[str, Any]) -> None:
-        names = [layer['name'] for layer in header['layers']]
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError('a name of a layer is no text')
-        sizes = [layer['channels'] for layer in header['layers']]
-        if not all(type(size) is int and size >= 0 for size in sizes) or sum(sizes) > MOST_CHANNELS:
-            raise ValueError(f'channels are no numbers from 0 to {MOST_CHANNELS:,} in all')
-        float(header['tau']), float(header['k']), header['window']
-        if type(header['interval']) is not int or not 1 <= header['interval'] <= MOST_STEPS:
-            raise ValueError(f'interval is no number from 1 to {MOST_STEPS:,}')
+        names = [(layer['name'], layer['norm']) for layer in header['layers']]
+        if not all(isinstance(text, str) for pair in names for text in pair):
+            raise ValueError('a name of a layer or of its norm is no text')
+        sizes = [_integer(layer['channels']) for layer in header['layers']]
+        if not 1 <= sum(sizes) <= MOST_CHANNELS or len(sizes) > MOST_LAYERS:
+            raise ValueError(f'{sum(sizes)} channels in {len(sizes)} layers')
+        _integer(header['interval']), _integer(header['window'])
+        if not (0 <= _number(header['tau']) < 1 and 0 <= _number(header['k']) <= MOST_K):
+            raise ValueError(f'tau = {header["tau"]}, k = {header["k"]}')
         self.header = header
         self.sizes = sizes
         self.offsets = np.concatenate(([0], np.cumsum(sizes))).tolist()
@@ -397,13 +409,10 @@ class _Reading:
 
     def take_report(self, report: dict[str, Any]) -> None:
         iteration = report['iter']
-        after = self.iterations[-1] if self.iterations else -1
-        if type(iteration) is not int or not after < iteration <= MOST_STEPS:
-            raise ValueError(f'iteration {iteration!r} does not follow the one before')
-        report['epoch'] + 1
-        report['total']['collapsed']
-        counts = [_number(report['total'].get(kind)) for kind in self.counts]
-        rate = _number(next(iter(report['lr'].values()), None))
+        _integer(report['epoch'])
+        _integer(report['total']['collapsed'])
+        counts = [_count(report['total'].get(kind)) for kind in self.counts]
+        rate = _number(next(iter(report['lr'].values()), math.nan))
         for kind in self.counts:
             layers = report['layers'].get(kind, self.sizes)
             if len(layers) != len(self.sizes):
@@ -411,7 +420,11 @@ class _Reading:
             if not isinstance(layers, list) or not _COUNTS.issuperset(map(type, layers)):
                 raise ValueError(f'a number of {kind} channels is none')
         self._take_channels(report, iteration)
-        self.columns.add(iteration, report['layers']['collapsed'])
+        by_layer = np.array(report['layers']['collapsed'])
+        total, known = report['total']['collapsed'], by_layer.dtype.kind == 'i'
+        if not (known and (by_layer >= 0).all() and total == by_layer.sum() == self.events.count):
+            raise ValueError(f'its {total} collapsed channels are not those of its layers')
+        self.columns.add(iteration, by_layer)
         for series, count in zip(self.counts.values(), counts):
             series.append(count)
         self.learning_rate.append(rate)
@@ -439,18 +452,38 @@ class _Reading:
         mask = np.zeros(self.offsets[-1], bool)
         for index, ranges in report['channels'][kind].items():
             layer = int(index)
+            if not 0 <= layer < len(self.sizes):
+                raise ValueError(f'there is no layer {layer}')
             mask[self.offsets[layer] : self.offsets[layer + 1]] = parse_ranges(
                 ranges, self.sizes[layer]
             )
         return mask
 
     def finish(self) -> _Events:
+        """Check what is shown of the last report alone."""
+        for kind, counts in self.last['layers'].items():
+            if len(counts) != len(self.sizes):
+                raise ValueError(f'{len(counts)} layers have a number of {kind} filters')
+            for count in counts:
+                _count(count)
         self.events.finish()
         return self.events
 
 
-def _number(count: float | None) -> float:
-    return math.nan if count is None else float(count)
+def _integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f'{reprlib.repr(value)} is no integer >= 0')
+    return value
+
+
+def _count(value: Any) -> float:
+    return math.nan if value is None else _integer(value)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f'{reprlib.repr(value)} is no number')
+    return float(value)
 
 
 def _read_snapshots(found: dict[int, Path], events: _Events) -> list[Snapshot]:
@@ -477,10 +510,8 @@ def _read_scores(record: Path) -> dict[str, tuple[list[int], list[float]]]:
                 found[name] = {step: score for step, score in scores.items() if step < start}
         for key, value in values.items():
             for name, pattern in SCORES.items():
-                if re.fullmatch(pattern, key) and math.isfinite(value):
-                    if not 0 <= values['step'] <= MOST_STEPS:
-                        raise ValueError(f'step is no number from 0 to {MOST_STEPS:,}')
-                    found[name][int(values['step'])] = float(value)
+                if re.fullmatch(pattern, key) and math.isfinite(_number(value)):
+                    found[name][_integer(values['step'])] = float(value)
 
     for folder in _lineage(record):
         log = folder / SCORE_LOG
@@ -502,6 +533,6 @@ def _lineage(record: Path) -> list[Path]:
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return folders
         # A record may come from anybody: what it names elsewhere is not looked at.
-        if earlier in folders or work_dir not in earlier.parents:
+        if earlier in folders or work_dir not in earlier.parents or not earlier.is_dir():
             return folders
         folders.insert(0, earlier)

@@ -1,0 +1,213 @@
+"""Arguments of the layers and the hooks: a right result, or one clear error of ours."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from attempts import attempt
+from cases import count
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import nn
+
+from psbn_mmdet.hooks import CollapseHook, RecoveryHook
+from psbn_mmdet.hooks.history import COUNTS
+from psbn_mmdet.layers import (
+    PostShiftedBatchNorm1d,
+    PostShiftedBatchNorm2d,
+    PostShiftedBatchNorm3d,
+    PostShiftedSyncBatchNorm,
+    bn_to_psbn,
+    psbn_to_bn,
+)
+
+PSBN = {
+    PostShiftedBatchNorm1d: (nn.BatchNorm1d, ()),
+    PostShiftedBatchNorm2d: (nn.BatchNorm2d, (3, 2)),
+    PostShiftedBatchNorm3d: (nn.BatchNorm3d, (2, 1, 2)),
+    PostShiftedSyncBatchNorm: (nn.BatchNorm2d, (2, 3)),
+}
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 5e-2, torch.float32: 1e-5, torch.float64: 1e-6}
+# Whatever a config or a call may have in the place of a number.
+junk = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+    st.sampled_from([10**400, -(10**400), 1j, ..., object(), int, math.inf, math.nan]),
+)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+@given(
+    psbn=st.sampled_from(list(PSBN)),
+    channels=st.integers(1, 5),
+    eps=st.floats(1e-6, 10),
+    momentum=st.none() | st.floats(0, 1),
+    affine=st.booleans(),
+    bias=st.booleans(),
+    tracked=st.booleans(),
+    dtype=st.sampled_from([None, *FLOATS]),
+    shift=st.floats(1e-3, 10),
+    seed=st.integers(0, 1000),
+)
+def test_a_layer_is_bn_plus_the_shift(
+    psbn, channels, eps, momentum, affine, bias, tracked, dtype, shift, seed
+):
+    count()
+    bn_class, space = PSBN[psbn]
+    kwargs = dict(
+        eps=eps, momentum=momentum, affine=affine, track_running_stats=tracked, dtype=dtype
+    )
+    layer, bn = psbn(channels, **kwargs, bias=bias, shift=shift), bn_class(channels, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    if affine:
+        with torch.no_grad():
+            values = torch.randn(channels, generator=generator).to(bn.weight.dtype)
+            bn.weight.copy_(values)
+            layer.weight.copy_(values)
+            if bias:
+                bn.bias.copy_(values.flip(0))
+                layer.beta.copy_(values.flip(0))
+    tolerance = TOLERANCE[dtype or torch.float32] * (1 + shift)
+    for _ in range(2):
+        x = torch.randn(4, channels, *space, generator=generator).to(dtype or torch.float32)
+        expected = bn(x).double() + shift
+        torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
+    if tracked:
+        assert torch.equal(layer.running_mean, bn.running_mean)
+        assert torch.equal(layer.running_var, bn.running_var)
+    layer.eval(), bn.eval()
+    expected = bn(x).double() + shift
+    torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
+    assert layer.bias.shape == (channels,)
+    twin = psbn(channels, **kwargs, bias=bias, shift=shift)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin.bias, layer.bias)
+
+
+@given(shift=junk | st.floats(1e-60, 1e60), dtype=st.sampled_from([None, *FLOATS]))
+@example(shift=10**400, dtype=None)  # beyond all floats
+@example(shift=1e-50, dtype=None)  # 0 in float32: a BN
+@example(shift=1e-9, dtype=torch.float16)
+@example(shift=1e5, dtype=torch.float16)  # infinite
+def test_a_shift_is_held_or_refused_by_its_value(shift, dtype):
+    count()
+    kwargs = dict(dtype=dtype, shift=shift)
+    layer, error = attempt(PostShiftedBatchNorm2d, 2, **kwargs)
+    if error:
+        assert error.startswith('psBN: shift') and repr(shift) in error
+        limits = torch.finfo(dtype or torch.float32)
+        valid = is_number(shift) and limits.tiny <= shift <= limits.max
+        assert not valid
+        return
+    assert is_number(shift) and shift > 0
+    held = float(layer.shift)
+    tiny = torch.finfo(dtype or torch.float32).tiny
+    assert held == pytest.approx(shift, rel=1e-2, abs=tiny) and 0 < held < math.inf
+    assert float(layer.bias[0]) == held
+
+
+@given(dtype=st.sampled_from([torch.int32, torch.int64, torch.bool, torch.complex64]) | junk)
+def test_a_type_that_is_not_of_real_numbers_is_refused(dtype):
+    count()
+    assume(dtype is not None)
+    for psbn in PSBN:
+        with pytest.raises(ValueError, match='psBN: dtype must be a floating-point type, got') as e:
+            psbn(2, dtype=dtype)
+        assert repr(dtype) in str(e.value)
+
+
+@given(
+    bias=st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=6),
+    dtype=st.sampled_from(FLOATS),
+    shift=st.floats(0.01, 1),
+    frozen=st.booleans(),
+    training=st.booleans(),
+)
+def test_a_network_is_the_same_after_both_conversions(bias, dtype, shift, frozen, training):
+    count()
+    network = nn.Sequential(nn.BatchNorm2d(len(bias), dtype=dtype), nn.ReLU())
+    with torch.no_grad():
+        network[0].bias.copy_(torch.tensor(bias))
+        network[0].weight.copy_(torch.tensor(bias).flip(0))
+    network[0].bias.requires_grad_(not frozen)
+    network.train(training)
+    twin = copy.deepcopy(network)
+    back = psbn_to_bn(bn_to_psbn(network, shift))
+    assert type(back[0]) is nn.BatchNorm2d and back[0].training == training
+    assert back[0].bias.requires_grad == (not frozen)
+    # A beta in half precision can't hold what is lost to the shift.
+    step = torch.finfo(dtype).eps * 8.2
+    torch.testing.assert_close(back[0].bias, twin[0].bias, rtol=0, atol=step)
+    for key in ('weight', 'running_mean', 'running_var', 'num_batches_tracked'):
+        assert torch.equal(getattr(back[0], key), getattr(twin[0], key))
+
+
+names = st.lists(st.sampled_from([*COUNTS]) | junk, max_size=3)
+
+
+@given(
+    interval=st.integers(1, 10**6) | junk,
+    window=st.integers(1, 10**6) | junk,
+    tau=st.floats(0, 0.999) | junk,
+    k=st.floats(0, 100) | junk,
+    scalars=names | names.map(tuple) | junk,
+    by_stage=st.booleans() | junk,
+)
+@example(interval=True, window=None, tau=1e-3, k=3, scalars=(), by_stage=False)
+@example(interval=1, window=None, tau=1e-3, k=10**400, scalars=(), by_stage=False)
+@example(interval=1, window=None, tau='0.1', k=3, scalars=(), by_stage=False)
+@example(interval=1, window=None, tau=1e-3, k=3, scalars='collapsed', by_stage=False)
+@example(interval=1, window=None, tau=1e-3, k=3, scalars=(), by_stage='no')
+def test_a_collapse_hook_takes_its_arguments_or_names_the_wrong_one(**given):
+    count()
+    tau, k, scalars = given['tau'], given['k'], given['scalars']
+    valid = {
+        'interval': is_count(given['interval']),
+        'window': given['window'] is None or is_count(given['window']),
+        'tau': is_number(tau) and 0 <= tau < 1,
+        'k': is_number(k) and 0 <= k <= 10**6,
+        'scalars': isinstance(scalars, (list, tuple))
+        and all(isinstance(name, str) and name in COUNTS for name in scalars),
+        'by_stage': isinstance(given['by_stage'], bool),
+    }
+    hook, error = attempt(CollapseHook, **given)
+    if error:
+        wrong = [name for name, right in valid.items() if not right]
+        assert any(f'{name} must be' in error or f'{name}, ' in error for name in wrong)
+        values = [given[name] for name in wrong]
+        values += scalars if isinstance(scalars, (list, tuple)) else []
+        assert any(repr(value) in error for value in values)
+        return
+    assert all(valid.values())
+    assert (hook.interval, hook.tau, hook.k) == (given['interval'], tau, k)
+    assert hook.scalars == tuple(scalars) and hook.by_stage is given['by_stage']
+    assert hook.window == (given['window'] or max(given['interval'], 50))
+
+
+@given(steps=st.integers(-2, 10**6) | junk, window=st.integers(-2, 10**6) | junk)
+def test_a_recovery_hook_takes_its_arguments_or_names_the_wrong_one(steps, window):
+    count()
+    hook, error = attempt(RecoveryHook, steps, window)
+    if error:
+        name, value = ('window', window) if is_count(steps) else ('steps', steps)
+        assert not is_count(value)
+        assert error == f'RecoveryHook: {name} must be an integer >= 1, got {value!r}'
+        return
+    assert is_count(steps) and is_count(window) and (hook.steps, hook.window) == (steps, window)
