@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -56,6 +57,7 @@ TASKS = 10  # of a process, whose memory grows
 CLOSE = 1e-4  # of outputs, relative to the largest
 PART = 'no model'  # what some configs add to others
 SIZES = (128, 256, 384)  # of the images; some models need larger ones
+FOLDERS = re.compile(r'(?<![\w.])(/[\w.+-]+)+/')
 FEW = {'max_per_img': 20, 'nms_pre': 200}  # boxes, which cost time and tell nothing of norms
 
 
@@ -170,8 +172,9 @@ def step(model: nn.Module, data: dict) -> RectifierTrace:
 
 
 def said(error: Exception) -> str:
-    """An error in one line."""
-    return ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
+    """An error in one line, without the folders of this machine."""
+    line = ' '.join(f'{type(error).__name__}: {error}'.split())
+    return FOLDERS.sub('', line)[:240]
 
 
 class Run:

@@ -346,7 +346,7 @@ def _can_be_resumed(file: str | Path) -> bool:
         content = read_torch(file)
     except CheckpointError:
         return False
-    return isinstance(content, dict) and {'meta', 'message_hub', 'optimizer'} <= content.keys()
+    return isinstance(content, dict) and {'meta', 'message_hub'} <= content.keys()
 
 
 def _check_url(url: str, setting: str, mend: str) -> None:
