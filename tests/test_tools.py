@@ -102,6 +102,7 @@ def test_training_resumes(trained):
 @pytest.mark.parametrize('begun', [False, True])
 def test_resuming_where_nothing_was_begun_starts_from_load_from(tmp_path, monkeypatch, begun):
     """MMDetection's script would start from random weights."""
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')  # which the script sets, for good
     script = runpy.run_path(str(ROOT / 'tools/train.py'))
     monkeypatch.setitem(script['check'].__globals__, 'check_train_config', lambda cfg: None)
     if begun:

@@ -104,8 +104,10 @@ def test_a_torn_line_is_no_news_to_the_reader(tmp_path, source, follow, write_ru
 
 def test_each_file_that_is_shown_is_followed(tmp_path, follow, write_run, write_scores):
     folder = find_record(write_run(tmp_path / 'run', [[]], snapshots=())).parent
-    old = find_record(write_run(tmp_path / 'old', [[]])).parent
-    resumed = dict(timestamp='20260102_000000', continues='../../old/20260101_000000')
+    earlier = '20251231_000000'
+    write_run(tmp_path / 'run', [[]], timestamp=earlier)
+    old = folder.with_name(earlier)
+    resumed = dict(timestamp='20260102_000000', continues=f'../{earlier}')
     written, at_step, _ = follow(
         lambda: write_snapshot(folder, 0, [0.5] * 160, [0.5] * 160),
         lambda: write_scores(folder, {1: 0.1}),

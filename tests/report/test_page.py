@@ -87,7 +87,7 @@ def hostile(tmp_path_factory, write_run):
     for work_dir, text in zip(runs.values(), HOSTILE):
         record = find_record(work_dir)
         header, *reports = record.read_text().splitlines()
-        header = json.loads(header) | dict(window=text, versions=dict(torch=text), id=text)
+        header = json.loads(header) | dict(versions=dict(torch=text), id=text)
         for layer in header['layers']:
             layer.update(norm=text, rectifier=text)
         record.write_text('\n'.join([json.dumps(header), *reports, '']))

@@ -262,7 +262,7 @@ def test_no_pickle_runs_from_a_run_s_files(run, bomb):
         (run / 'snapshots/iter_0.npy').write_bytes(content)
         assert 'iter_0.npy is no snapshot of this run' in report_on(run)
     (run / 'snapshots/iter_0.npy').unlink()
-    for name in ('vis_data/scalars.json', 'collapse.jsonl'):
+    for name in ('collapse.jsonl', 'vis_data/scalars.json'):  # the second is read first
         count()
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_bytes(pickle.dumps(bomb, protocol=0) + b'\n')
@@ -274,7 +274,7 @@ def test_no_pickle_runs_from_a_run_s_files(run, bomb):
 def test_channels_that_cannot_be_are_refused(run, damage):
     count()
     make_run(run, layers=[dict(name='a', channels=damage, norm='BN')])
-    assert 'line 1 is damaged (channels are no numbers' in report_on(run)
+    assert re.search('line 1 is damaged .*(no integer|1000000000000 channels)', report_on(run))
 
 
 @pytest.mark.parametrize(
@@ -516,9 +516,9 @@ def test_entries_that_are_no_plain_numbers(tmp_path):
     ):
         count()
         saved(path, gigabytes_of(entry))
-        assert 'a.pth has only BN without gamma or bias' in tool(audit.main, path)
+        assert 'a.pth has only BN that cannot be audited' in tool(audit.main, path)
     saved(path, state_dict() | {'1.beta': torch.ones(4), '1.shift': torch.ones(3)})
-    assert 'a.pth has only BN without gamma or bias' in tool(audit.main, path)
+    assert 'a.pth has only BN that cannot be audited' in tool(audit.main, path)
 
 
 # ONNX
