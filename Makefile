@@ -34,7 +34,7 @@ test: setup-dev  ## run the test suite, e.g. ARGS='-k layers'
 	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 torture: setup-dev  ## kill, starve and feed it rubbish, at length; ends with a table of cases and failures
-	@$(VENV)/bin/python -m pytest tests/torture -m 'torture or not torture' $(ARGS)
+	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/torture -m 'torture or not torture' $(ARGS)
 
 lint: setup-dev  ## check style and types
 	@$(VENV)/bin/ruff check .
