@@ -43,12 +43,11 @@ def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
             entry: state_dict.get(entry_key(name, entry))
             for entry in ('weight', 'bias', 'beta', 'shift', 'running_var')
         }
-        has = {entry for entry, value in entries.items() if _is_plain(value)}
+        has = {entry for entry, value in entries.items() if isinstance(value, Tensor)}
         if not has >= {'beta', 'shift'} and 'running_var' not in has:
             continue
         shapes = {entries[entry].shape for entry in has - {'shift'}}  # type: ignore[union-attr]
-        values = entries['shift'].numel() if 'shift' in has else 1  # type: ignore[union-attr]
-        if len(shapes) > 1 or len(next(iter(shapes))) != 1 or values != 1:
+        if len(shapes) > 1 or len(next(iter(shapes))) != 1:
             found[name] = 'shapes differ'
         elif not all(has_plain_values(cast(Tensor, entries[entry])) for entry in has):
             found[name] = 'no plain real numbers'
@@ -65,13 +64,3 @@ def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
         else:
             found[name] = 'BN' if 'bias' in has else 'no bias'
     return found
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor of real numbers: a norm layer has no other."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not value.is_complex()
-        and not value.is_quantized
-    )
