@@ -315,9 +315,10 @@ def trained(name: str, cfg: Config, twin: nn.Module) -> tuple[dict, dict]:
     return data, {key: run.row[key] for key in ('failed', 'stage', 'why')}
 
 
-def models_of(names: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The configs by model, and why others cannot be loaded."""
+def models_of(names: list[str]) -> tuple[dict[str, list[str]], list[str], dict[str, str]]:
+    """The configs by model, those without one, and why others cannot be loaded."""
     groups: dict[str, list[str]] = {}
+    parts: list[str] = []
     broken: dict[str, str] = {}
     for name in tqdm(names, 'configs'):
         try:
@@ -325,9 +326,12 @@ def models_of(names: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
         except Exception as error:
             broken[name] = said(error)
             continue
-        text = Config(dict(model=model)).pretty_text if model else PART
+        if not model:
+            parts.append(name)
+            continue
+        text = Config(dict(model=model)).pretty_text
         groups.setdefault(hashlib.sha1(text.encode()).hexdigest(), []).append(name)
-    return groups, broken
+    return groups, parts, broken
 
 
 def main() -> int:
@@ -344,8 +348,7 @@ def main() -> int:
         for path in CONFIGS.rglob('*.py')
         if '_base_' not in path.parts and args.match in str(path)
     )
-    groups, broken = models_of(names)
-    parts = groups.pop(hashlib.sha1(PART.encode()).hexdigest(), [])
+    groups, parts, broken = models_of(names)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     kept = args.work_dir / 'zoo.jsonl'
     lines = kept.read_text().splitlines() if kept.exists() else []

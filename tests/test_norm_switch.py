@@ -80,6 +80,12 @@ def build(cfg: Config) -> nn.Module:
         return MODELS.build(copy.deepcopy(cfg.model))
 
 
+def only_train(cfg: Config) -> None:
+    for stage in ('val', 'test'):
+        for key in ('dataloader', 'evaluator', 'cfg'):
+            cfg[f'{stage}_{key}'] = None
+
+
 def norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
@@ -391,9 +397,7 @@ def test_averages_checkpointing_and_wrapped_data(shrink, tmp_path):
     cfg.train_dataloader.dataset = dict(
         type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset
     )
-    for stage in ('val', 'test'):
-        for key in ('dataloader', 'evaluator', 'cfg'):
-            cfg[f'{stage}_{key}'] = None
+    only_train(cfg)
     switch_config(cfg, **options())
     runner = Runner.from_cfg(cfg)
     runner.train()
@@ -443,9 +447,7 @@ def test_a_semi_supervised_training(coco_root, tmp_path):
         for _, part in dicts(dataset.pipeline, ''):
             if part.get('type') == 'RandomResize':
                 part['scale'] = [(96, 64), (96, 96)]
-    for stage in ('val', 'test'):
-        for key in ('dataloader', 'evaluator', 'cfg'):
-            cfg[f'{stage}_{key}'] = None
+    only_train(cfg)
     switch_config(cfg, **options())
     runner = Runner.from_cfg(cfg)
     runner.train()

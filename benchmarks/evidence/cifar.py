@@ -294,8 +294,6 @@ def main() -> None:
     ]
     runs += experiment.run(settings, do, jobs)
     rows = [{**setting, **found} for setting, (found,) in runs]
-    for row in rows:
-        row.pop('lost', None)
     cells, contrasts = compare(rows)
     columns = ('accuracy', 'pruned', 'collapsed', 'vanished', 'dead', 'trapped')
     extra = ('recovered', 'recovered_worth', 'others_worth')

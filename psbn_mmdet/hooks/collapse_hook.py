@@ -32,7 +32,7 @@ from .journal import Journal
 from .lineage import recall_unstarted, remember_unstarted
 from .parts import Parts
 from .recovery_hook import RecoveryHook
-from .refusals import optimizers_of, refuse_model, refuse_weights, unwrapped
+from .refusals import is_count, optimizers_of, refuse_model, refuse_weights, unwrapped
 from .scalars import draw_stages, drop_scalars, log_scalars
 from .weight_decay import weight_decay_warning
 
@@ -94,9 +94,9 @@ class CollapseHook(Hook):
         scalars: Sequence[str] = ('collapsed', 'vanished', 'dead', 'trapped', 'revived'),
         by_stage: bool = False,
     ) -> None:
-        if not _is_count(interval):
+        if not is_count(interval):
             raise ValueError(f'CollapseHook: interval must be an integer >= 1, got {interval!r}')
-        if window is not None and not _is_count(window):
+        if window is not None and not is_count(window):
             raise ValueError(
                 f'CollapseHook: window must be None or an integer >= 1, got {window!r}'
             )
@@ -327,10 +327,6 @@ class CollapseHook(Hook):
 
 def _recovery_hook(runner: Runner) -> RecoveryHook | None:
     return next((hook for hook in runner.hooks if isinstance(hook, RecoveryHook)), None)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..collapse import Recovery, StepTrace, find_norms
 from ..layers import PostShiftedBatchNorm
-from .refusals import optimizers_of, refuse_model, unwrapped
+from .refusals import is_count, optimizers_of, refuse_model, unwrapped
 
 STATE = 'psbn_recovery'  # of a checkpoint
 
@@ -54,7 +54,7 @@ class RecoveryHook(Hook):
 
     def __init__(self, steps: int = 500, window: int = 10) -> None:
         for name, value in (('steps', steps), ('window', window)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise ValueError(f'RecoveryHook: {name} must be an integer >= 1, got {value!r}')
         self.steps = steps
         self.window = window

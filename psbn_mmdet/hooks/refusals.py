@@ -20,6 +20,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
+def is_count(value: object) -> bool:
+    """Whether an argument is an integer >= 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def refuse_model(runner: Runner) -> None:
     """Refuse models and settings of the Runner.
 
