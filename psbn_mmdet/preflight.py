@@ -63,16 +63,24 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         Config: The config with the options merged in.
 
     Raises:
-        PreflightError: If the file, one of its bases or one of its imports cannot be read.
+        PreflightError: If the file, one of its bases or one of its imports cannot be read, or the
+            options do not fit the config.
     """
+    file = _config_file(path)
     try:
-        cfg = Config.fromfile(_config_file(path))
-    except (OSError, SyntaxError, ImportError) as error:
+        cfg = Config.fromfile(file)
+    except Exception as error:  # a config is Python, and fails in as many ways
         raise PreflightError(
             f'config file {path} cannot be loaded: correct it or what it imports '
             f'({type(error).__name__}: {one_line(error)})'
         ) from error
-    cfg.merge_from_dict(options or {})
+    try:
+        cfg.merge_from_dict(options or {})
+    except Exception as error:  # a type for each way not to fit
+        raise PreflightError(
+            f'one of --cfg-options {", ".join(options or {})} does not fit the config: give the '
+            f'whole value that it is a part of ({type(error).__name__}: {one_line(error)})'
+        ) from error
     return cfg
 
 

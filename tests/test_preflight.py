@@ -429,10 +429,13 @@ def test_checkpoint_that_cannot_be_read(cfg, tmp_path, bn_checkpoint, damage):
         ("_base_ = 'nowhere.py'", 'nowhere.py'),
         ("_base_ = 'mmdet::nosuchmodel/nosuchconfig.py'", 'nosuch'),
         ("custom_imports = dict(imports=['nosuchmodule'])", 'nosuchmodule'),
+        ('a = nosuchname', "NameError: name 'nosuchname' is not defined"),
+        ("_base_ = ['./other.py']\nmodel = dict(neck=dict(type='FPN'))", 'TypeError: neck='),
     ],
 )
 def test_config_file_that_cannot_be_loaded(tmp_path, text, part):
     path = tmp_path / 'config.py'
+    (tmp_path / 'other.py').write_text('model = dict(neck=None)')
     if text is not None:
         path.write_text(text)
     sentence = refusal(load_config, str(path))
@@ -446,6 +449,22 @@ def test_options_are_merged_into_the_config():
         {'model.backbone.norm_cfg.shift': 0.2},
     )
     assert cfg.model.backbone.norm_cfg == dict(type='psBN', requires_grad=True, shift=0.2)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'model.neck.channels': 64},
+        {'custom_hooks.5.interval': 1},
+        {'custom_hooks.interval': 1},
+        {'model.neck': 3, 'custom_hooks.0': 3},
+    ],
+)
+def test_options_that_do_not_fit_are_named(tmp_path, options):
+    path = tmp_path / 'config.py'
+    path.write_text("model = dict(neck=None)\ncustom_hooks = [dict(type='CollapseHook')]")
+    sentence = refusal(load_config, str(path), options)
+    assert sentence.startswith(f'one of --cfg-options {", ".join(options)} does not fit')
 
 
 # Running MMDetection's script
