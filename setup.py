@@ -41,21 +41,23 @@ class BuildWithMim(build_py):
 
 
 # The two stacks share the import names mmcv, mmengine and mmdet and collide in site-packages:
-# neither can be a hard requirement, so each is an extra.
+# neither can be a hard requirement, so each is an extra. Upper bounds are those that MMDetection
+# itself holds its companions to, since it does not import beyond them.
 EXTRAS = {
     'onedl': [
-        'onedl-mmcv>=2.3.6,<3',
+        'onedl-mmcv>=2.3.6',
         'onedl-mmengine>=0.10.12,<1',
-        'onedl-mmdetection>=3.5.1,<4',
+        'onedl-mmdetection>=3.5.1',
         'pycocotools',
     ],
     'openmmlab': [
         'mmcv>=2.1.0,<2.2',
         'mmengine>=0.10.0,<1',
-        'mmdet>=3.3.0,<4',
+        'mmdet>=3.3.0',
         'pycocotools>=2.0.7',
     ],
     'dev': [
+        'hypothesis',
         'mypy',
         'onnx',
         'onnxruntime',
