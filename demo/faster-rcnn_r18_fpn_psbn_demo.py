@@ -100,5 +100,5 @@ optim_wrapper = dict(
 
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(interval=2, max_keep_ckpts=1, save_best='coco/bbox_mAP'),
+    checkpoint=dict(interval=2, max_keep_ckpts=2, save_best='coco/bbox_mAP'),
 )
