@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_run
 import torch
 from cifar_resnet import CifarResNet
+from mmdet.models.backbones import MobileNetV2
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from PIL import Image
@@ -309,6 +311,77 @@ def test_detection(work_dir, coco_root, cells):
     assert not list((work_dir / 'detection/retinanet').glob('BN*/*.pth'))
 
 
+def torchvisions(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A MobileNetV2's weights as in a file of torchvision: in the same order, by other names."""
+    renamed = {
+        f'features.{i}.{key.rpartition(".")[2]}': value
+        for i, (key, value) in enumerate(state.items())
+    }
+    return {**renamed, 'classifier.1.weight': torch.zeros(1000, 1280)}
+
+
+def test_imagenet(work_dir, cells, tmp_path):
+    torch.manual_seed(0)
+    torch.save(torchvisions(MobileNetV2().state_dict()), tmp_path / 'mobilenet_v2-b0353104.pth')
+    run('imagenet', work_dir, '--packages', tmp_path, '--images', cells)
+    result = result_of('imagenet', work_dir)
+    (row,) = rows_of(result['runs'])
+    assert (row['arm'], row['norm_eval'], row['times']) == ('psBN, recovery', True, 4)
+    assert 0 <= row['AP'] <= row['AP50'] <= 1
+    courses = rows_of(result['courses'])
+    last = max(step['iter'] for step in courses)
+    assert sum(s['collapsed'] for s in courses if s['iter'] == last) == row['collapsed']
+    assert {s['stage'] for s in courses} >= {'backbone.conv1', 'neck', 'bbox_head'}
+
+
+def test_weights_of_imagenet_get_mmdetections_names():
+    import imagenet
+
+    torch.manual_seed(1)
+    own = MobileNetV2().state_dict()
+    named = imagenet.as_backbone(torchvisions(own))
+    assert named.keys() == {key for key in own if 'num_batches' not in key}
+    assert all(torch.equal(value, own[key]) for key, value in named.items())
+    with pytest.raises(ValueError, match='not those of a MobileNetV2'):
+        imagenet.as_backbone({'features.0': torch.zeros(3)})
+
+
+def test_finetuning(work_dir, coco_root, cells):
+    run('finetuning', work_dir, '--drawn', coco_root, '--images', cells)
+    result = result_of('finetuning', work_dir)
+    (row,) = rows_of(result['runs'])
+    assert row['arm'] == 'psBN, recovery'
+    assert all(0 <= row[key] <= 1 for key in ('AP', 'pruned', 'without_recovered'))
+    assert [c['contrast'] for c in rows_of(result['contrasts'])] == [
+        'whole over without the recovered filters',
+        'whole over without as many others',
+    ]
+    assert '| psBN, recovery | 1 | 0.' in (work_dir / 'finetuning.md').read_text()
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, PostShiftedBatchNorm2d])
+def test_what_is_taken_away_stays_away_in_a_training(tmp_path, norm):
+    import take_away  # noqa: F401, which registers the hook
+
+    model = small_run.Classifier(norm, killed={})
+    seen = []
+    model.stem[1].register_forward_hook(lambda _, inputs, y: seen.append(y.detach().clone()))
+    small_run.run(
+        tmp_path, model, custom_hooks=[dict(type='TakeAwayHook', channels={'stem.1': [1, 5]})]
+    )
+    assert len(seen) == 24
+    outputs = torch.stack(seen).abs().amax((0, 1, 3, 4))
+    assert outputs[[1, 5]].max() < 1e-7 and outputs[[0, 2, 3, 4, 6, 7]].min() > 0.1
+
+
+def test_as_many_others_are_of_the_same_layers_and_of_neither_kind():
+    masks = {'a': np.array([1, 1, 0, 0, 0, 0], bool), 'b': np.array([1, 0, 1, 1], bool)}
+    apart = {'a': np.array([0, 0, 1, 0, 0, 0], bool)}
+    others = common.as_many_others(masks, apart)
+    assert others['a'].sum() == 2 and not (others['a'] & (masks['a'] | apart['a'])).any()
+    assert others['b'].tolist() == [False, True, False, False]  # no more are there
+
+
 def test_finetunings_are_paired_by_seed():
     import detection
 
@@ -330,11 +403,12 @@ def test_finetunings_are_paired_by_seed():
 def test_decay(work_dir, coco_root):
     run('decay', work_dir, '--drawn', coco_root)
     result = result_of('decay', work_dir)
-    arms = ['BN x 20, starts at 0.1', 'psBN, gamma x 20']
+    arms = ['BN x 20', 'psBN x 20', 'psBN x 20, without them']
     assert [row['arm'] for row in rows_of(result['cells'])] == arms
     assert all(0 <= row['AP'] <= row['AP50'] <= 1 for row in rows_of(result['runs']))
-    (best,) = rows_of(result['contrasts'])
-    assert all(arm in best['contrast'] for arm in arms) and best['verdict'] == 'one seed: open'
+    _, worth, best = rows_of(result['contrasts'])
+    assert worth['contrast'].startswith('what the filters are worth')
+    assert best['contrast'].startswith('the best psBN') and best['verdict'] == 'one seed: open'
     told = (work_dir / 'decay.md').read_text()
     assert all(f'| {arm} | 1 | 0.' in told for arm in arms) and best['contrast'] in told
 
@@ -384,11 +458,11 @@ def cifar(tmp_path_factory) -> Path:
 def test_cifar(work_dir, cifar):
     run('cifar', work_dir, '--cifar', cifar)
     result = result_of('cifar', work_dir)
-    arms = ['BN', 'psBN, recovery', 'BN, without them']
+    arms = ['BN', 'psBN, recovery', 'psBN, recovery, without them']
     assert [row['arm'] for row in rows_of(result['cells'])] == arms
     assert all(0 <= row['accuracy'] <= 1 for row in rows_of(result['runs']))
     assert [row['contrast'].split(': ')[1] for row in rows_of(result['contrasts'])] == [
-        'what collapse costs',
+        'what the filters are worth',
         'psBN with recovery over BN',
     ]
     told = (work_dir / 'cifar.md').read_text()
@@ -410,9 +484,9 @@ def test_what_is_taken_away_puts_out_nothing_and_what_is_constant_its_bias(arm):
     norm.register_forward_hook(lambda _, inputs, output: seen.append(output[:, 2:4].detach()))
     whole = network(image)
     mask = np.isin(np.arange(8), [2, 3])
-    cifar.make_constant(network, {'layer1.0.bn1': mask})
+    common.make_constant(network.state_dict(), {'layer1.0.bn1': mask})
     torch.testing.assert_close(network(image), whole)
-    cifar.take_away(network, {'layer1.0.bn1': mask})
+    common.take_away(network.state_dict(), {'layer1.0.bn1': mask})
     assert not torch.allclose(network(image), whole)
     assert seen[0].min() > 0 and torch.equal(seen[1], seen[1][:1].expand_as(seen[1]))
     assert seen[2].abs().max() < 1e-7

@@ -3,8 +3,8 @@
 ResNet-20 and one of half its width, from scratch on a quarter of the images with crops and flips, a
 cosine schedule to 0: SGD at the usual rate and at five times that, and Adam at a large one. Besides
 BN, psBN and psBN with recovery, BN whose biases start at psBN's 0.1 (the start without the
-mechanism), and BN without the filters that collapsed with BN: as many are taken away in each layer
-from the first step on, which bounds what any cure can gain.
+mechanism), and psBN with recovery without the filters that collapse with BN: as many are taken away
+in each layer from the first step on, so that the difference is what filters kept alive are worth.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 import sys
 import zipfile
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +26,15 @@ from common import (
     RED,
     ROOT,
     Experiment,
+    as_many_others,
     contrast,
     contrasts_table,
+    in_process,
+    make_constant,
     markdown_table,
     mean_ci,
     table,
+    take_away,
 )
 from matplotlib.figure import Figure
 from PIL import Image
@@ -55,7 +58,8 @@ REGIMES = {
     'SGD 0.5': partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=WEIGHT_DECAY),
     'Adam 0.03': partial(torch.optim.Adam, lr=0.03, weight_decay=WEIGHT_DECAY),
 }
-WITHOUT = 'BN, without them'
+WITHOUT = 'psBN, recovery, without them'
+ONCE = ('BN, starts at 0.1',)  # arms of one seed, as are all where nothing collapses, at SGD 0.1
 COLOURS = {
     'BN': RED,
     'BN, starts at 0.1': ORANGE,
@@ -64,7 +68,10 @@ COLOURS = {
     WITHOUT: GREY,
 }
 CONTRASTS = {
-    'what collapse costs: BN without them over BN': (WITHOUT, 'BN'),
+    'what the filters are worth: psBN with recovery over the same without them': (
+        'psBN, recovery',
+        WITHOUT,
+    ),
     'the start alone: BN that starts at 0.1 over BN': ('BN, starts at 0.1', 'BN'),
     'psBN over BN': ('psBN', 'BN'),
     'psBN over BN that starts at 0.1': ('psBN', 'BN, starts at 0.1'),
@@ -136,26 +143,6 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(torch.cat(right).double().mean())
 
 
-@torch.no_grad()
-def take_away(network: nn.Module, masks: dict[str, np.ndarray]) -> None:
-    """Let filters put out nothing, in place: gamma and b become 0."""
-    for name, mask in masks.items():
-        norm = network.get_submodule(name)
-        chosen = torch.from_numpy(mask)
-        norm.weight[chosen] = 0
-        if hasattr(norm, 'beta'):
-            norm.beta[chosen] = -norm.shift_value
-        else:
-            norm.bias[chosen] = 0
-
-
-@torch.no_grad()
-def make_constant(network: nn.Module, masks: dict[str, np.ndarray]) -> None:
-    """Let filters put out their b alone, in place: gamma becomes 0."""
-    for name, mask in masks.items():
-        network.get_submodule(name).weight[torch.from_numpy(mask)] = 0
-
-
 def first_of_each(counts: dict[str, int], network: nn.Module) -> dict[str, np.ndarray]:
     """Masks of as many filters as are counted in each layer."""
     norms = find_norms(network)
@@ -187,7 +174,7 @@ def fit(
             late.active = step >= steps - WINDOW
             optimizer.param_groups[0]['lr'] = lr * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
-            take_away(network, away)
+            take_away(network.state_dict(), away)
             step += 1
 
 
@@ -210,9 +197,9 @@ def run(
     optimizer = REGIMES[regime](model.parameters())
     norms = find_norms(model)
     late = GradientWatch([optimizer], norms)
-    recovery = recover(model, optimizer, steps=500) if arm == 'psBN, recovery' else None
+    recovery = recover(model, optimizer, steps=500) if 'recovery' in arm else None
     away = first_of_each(lost or {}, model)
-    take_away(model, away)
+    take_away(model.state_dict(), away)
     torch.manual_seed(seed)
     fit(model, optimizer, images, labels, epochs, away, late)
     census = census_of_model(model, rectifiers=structure.rectifiers, trapped=late.trapped())
@@ -223,39 +210,32 @@ def run(
         **{kind: census.count(kind) for kind in ('collapsed', 'vanished', 'dead', 'trapped')},
         'by_layer': {name: int(mask.sum()) for name, mask in collapsed.items()},
     }
-    if recovery is not None:
+    if arm == 'psBN, recovery':
         opened = {name: mask.numpy() for name, mask in recovery.opened().items()}
-        row |= contribution(model, opened, *test, row['accuracy'])
+        row |= contribution(model, opened, collapsed, *test, row['accuracy'])
     # Last, since it changes the network: filters that pass nothing pass nothing without gamma.
-    make_constant(model, collapsed)
+    make_constant(model.state_dict(), collapsed)
     row['pruned'] = accuracy(model, *test)
     return [row]
 
 
 def contribution(
-    model: nn.Module, opened: dict[str, np.ndarray], images: Tensor, labels: Tensor, whole: float
+    model: nn.Module,
+    opened: dict[str, np.ndarray],
+    collapsed: dict[str, np.ndarray],
+    images: Tensor,
+    labels: Tensor,
+    whole: float,
 ) -> dict:
     """How much accuracy goes with the recovered filters, and with as many others."""
     found = {'recovered': sum(int(mask.sum()) for mask in opened.values())}
-    others = {}
-    generator = np.random.default_rng(0)
-    for name, mask in opened.items():
-        others[name] = np.zeros_like(mask)
-        free = np.flatnonzero(~mask)
-        chosen = generator.choice(free, min(len(free), mask.sum()), replace=False)
-        others[name][chosen] = True
+    others = as_many_others(opened, collapsed)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for key, masks in (('recovered_worth', opened), ('others_worth', others)):
-        take_away(model, masks)
+        take_away(model.state_dict(), masks)
         found[key] = whole - accuracy(model, images, labels)
         model.load_state_dict(state)
     return found
-
-
-def in_process(**setting: object) -> list[dict]:
-    """In a process of its own, so that two train at a time."""
-    with get_context('spawn').Pool(1) as pool:
-        return pool.apply(run, kwds=setting)
 
 
 def main() -> None:
@@ -278,21 +258,24 @@ def main() -> None:
         for regime in regimes
         for network in networks
         for arm in arms
+        if seed == 0 or (regime != 'SGD 0.1' and arm not in ONCE)
     ]
     jobs = int(experiment.args.jobs)
-    do = partial(in_process, folder=str(folder))
+    do = partial(in_process, run, folder=str(folder))
     runs = experiment.run(settings, do, jobs)
     lost = {
         (s['network'], s['regime'], s['seed']): rows[0]['by_layer']
         for s, rows in runs
         if s['arm'] == 'BN'
     }
-    settings = [
+    without = [
         {**s, 'arm': WITHOUT, 'lost': lost[s['network'], s['regime'], s['seed']]}
         for s in settings
         if s['arm'] == 'BN'
     ]
-    runs += experiment.run(settings, do, jobs)
+    if not experiment.quick:  # where nothing has collapsed it would be BN once more
+        without = [setting for setting in without if any(setting['lost'].values())]
+    runs += experiment.run(without, do, jobs)
     rows = [{**setting, **found} for setting, (found,) in runs]
     cells, contrasts = compare(rows)
     columns = ('accuracy', 'pruned', 'collapsed', 'vanished', 'dead', 'trapped')
@@ -301,10 +284,7 @@ def main() -> None:
         cells=table(cells),
         contrasts=table(contrasts),
         runs=table(
-            [
-                {key: row.get(key) for key in (*settings[0], *columns, *extra) if key != 'lost'}
-                for row in rows
-            ]
+            [{key: row.get(key) for key in (*settings[0], *columns, *extra)} for row in rows]
         ),
     )
     experiment.save(draw(cells))

@@ -9,9 +9,10 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
+from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +97,7 @@ class Experiment:
                     file.flush()
                     done[key_of(line['setting'])] = line
         finished = [done[key_of(setting)] for setting in settings]
-        self.seconds = sum(line['seconds'] for line in finished)
+        self.seconds += sum(line['seconds'] for line in finished)
         return [(line['setting'], line['rows']) for line in finished]
 
     def write(self, **content: Any) -> None:
@@ -136,6 +138,48 @@ class Experiment:
         # 128 colours are enough for these, and take a third of the room.
         picture = Image.open(drawn).convert('RGB').quantize(128)
         picture.save(folder / f'evidence_{self.name}.png', optimize=True)
+
+
+def take_away(state: Mapping[str, Tensor], masks: Mapping[str, np.ndarray]) -> None:
+    """Let filters put out nothing, in place: gamma and b become 0.
+
+    Args:
+        state (Mapping[str, Tensor]): The state dict of a network with BN or psBN, or that of a
+            file; a network's shares its tensors.
+        masks (Mapping[str, np.ndarray]): The filters (C,) by the names of their norm layers.
+    """
+    make_constant(state, masks)
+    for name, mask in masks.items():
+        chosen = torch.from_numpy(mask)
+        if f'{name}.beta' in state:
+            state[f'{name}.beta'][chosen] = -state[f'{name}.shift'].item()
+        else:
+            state[f'{name}.bias'][chosen] = 0
+
+
+def make_constant(state: Mapping[str, Tensor], masks: Mapping[str, np.ndarray]) -> None:
+    """Let filters put out their b alone, in place: gamma becomes 0."""
+    for name, mask in masks.items():
+        state[f'{name}.weight'][torch.from_numpy(mask)] = 0
+
+
+def as_many_others(
+    masks: Mapping[str, np.ndarray], apart_from: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """For comparison: in each layer as many filters, of neither, drawn by a fixed seed."""
+    generator = np.random.default_rng(0)
+    others = {}
+    for name, mask in masks.items():
+        free = np.flatnonzero(~mask & ~apart_from.get(name, np.zeros_like(mask)))
+        chosen = generator.choice(free, min(len(free), mask.sum()), replace=False)
+        others[name] = np.isin(np.arange(len(mask)), chosen)
+    return others
+
+
+def in_process(do: Callable[..., Any], **setting: Any) -> Any:
+    """Do it in a process of its own, so that threads can do two at a time."""
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+        return pool.submit(do, **setting).result()
 
 
 def _timed(do: Callable[..., list[dict]], setting: dict) -> dict:

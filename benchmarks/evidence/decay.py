@@ -3,7 +3,9 @@
 The demo's Faster R-CNN on the drawn data with BN and psBN, with the weight decay of all other
 parameters and with 20 times that on gamma and beta, or on gamma or beta alone; BN whose biases
 start at psBN's 0.1 (the start without the mechanism) and psBN whose b starts at BN's 0 (the
-mechanism without the start). Each run is one of tools/train.py.
+mechanism without the start); psBN without the filters that collapse with BN: as many in each layer
+are taken away from the first step on, so that the difference is what filters kept alive are worth.
+Each run is one of tools/train.py.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from common import (
     mean_ci,
     table,
 )
-from detection import OPTIONS, QUICK, drawn_data, outcome, train
+from detection import (
+    OPTIONS,
+    QUICK,
+    drawn_data,
+    filters_of,
+    outcome,
+    remove_checkpoints,
+    train,
+)
 from matplotlib.figure import Figure
 from mmengine.registry import DefaultScope
 
@@ -36,6 +46,7 @@ from psbn_mmdet.layers import PostShiftedBatchNorm
 from psbn_mmdet.preflight import load_config
 
 SHIFT = 0.1
+WITHOUT = 'psBN x 20, without them'
 MANY, FEW = 5, 2  # seeds: of the arms that answer the question, and of the others
 
 
@@ -57,6 +68,7 @@ ARMS = {
     'BN x 20, starts at 0.1': Arm('bn', 20, 20, start=SHIFT, seeds=MANY),
     'psBN x 20': Arm('psbn', 20, 20, seeds=MANY),
     'psBN x 20, starts at 0': Arm('psbn', 20, 20, start=0.0, seeds=MANY),
+    WITHOUT: Arm('psbn', 20, 20, seeds=MANY),
     'psBN, gamma x 20': Arm('psbn', gamma=20),
     'psBN, beta x 20': Arm('psbn', beta=20),
 }
@@ -68,11 +80,15 @@ CONTRASTS = {
         'psBN x 20',
         'BN x 20, starts at 0.1',
     ),
+    'what the filters are worth: psBN over psBN without them': ('psBN x 20', WITHOUT),
 }
 
 
-def config_of(name: str, folder: Path) -> str:
-    """The arm as a config on top of the demo's; what it starts from goes to a folder."""
+def config_of(name: str, folder: Path, lost: dict[str, int] | None = None) -> str:
+    """The arm as a config on top of the demo's; what it starts from goes to a folder.
+
+    ``lost`` is how many filters of which layers are taken away.
+    """
     arm = ARMS[name]
     base = ROOT / f'demo/faster-rcnn_r18_fpn_{arm.norm}_demo.py'
     paramwise: dict[str, object] = {'norm_decay_mult': arm.gamma}
@@ -81,6 +97,11 @@ def config_of(name: str, folder: Path) -> str:
     text = f"""_base_ = {str(base)!r}
 custom_hooks = [dict(type='CollapseHook', interval=50)]
 optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, **{paramwise}))
+"""
+    if lost is not None:
+        channels = {layer: list(range(count)) for layer, count in lost.items()}
+        text += f"""custom_imports = dict(imports=['psbn_mmdet', 'take_away'])
+custom_hooks += [dict(type='TakeAwayHook', channels={channels})]
 """
     if arm.start is not None:
         biases = folder / f'{arm.norm}_{arm.start}.pth'
@@ -104,26 +125,38 @@ def main() -> None:
     folder = experiment.work_dir.resolve() / 'decay'
     quick = QUICK if experiment.quick else {}
 
-    def run(arm: str, seed: int) -> list[dict]:
+    def folder_of(arm: str, seed: int) -> Path:
+        return folder / f'{arm.replace(", ", "_").replace(" ", "-")}_{seed}'
+
+    def run(arm: str, seed: int, lost: dict[str, int] | None = None) -> list[dict]:
         """One run."""
-        work_dir = folder / f'{arm.replace(", ", "_").replace(" ", "-")}_{seed}'
+        work_dir = folder_of(arm, seed)
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / f'{work_dir.name}.py'
-        config.write_text(config_of(arm, folder))
+        config.write_text(config_of(arm, folder, lost))
         options = {'randomness.seed': seed, 'default_hooks.checkpoint.save_best': None}
         train(config, work_dir, **drawn, **options, **quick)
-        for checkpoint in work_dir.glob('*.pth'):
-            checkpoint.unlink()
+        remove_checkpoints(work_dir)
         return [outcome(work_dir)]
 
-    arms = ['BN x 20, starts at 0.1', 'psBN, gamma x 20'] if experiment.quick else list(ARMS)
+    arms = [arm for arm in ARMS if arm != WITHOUT]
+    if experiment.quick:
+        arms = ['BN x 20', 'psBN x 20']
     most = 1 if experiment.quick else MANY
     settings = [
         dict(arm=arm, seed=seed) for seed in range(most) for arm in arms if seed < ARMS[arm].seeds
     ]
     settings.sort(key=lambda setting: -ARMS[setting['arm']].seeds)  # what answers it first
-    runs = experiment.run(settings, run, int(experiment.args.jobs))
-    rows = [{**setting, **found} for setting, (found,) in runs]
+    jobs = int(experiment.args.jobs)
+    runs = experiment.run(settings, run, jobs)
+    without = []
+    for setting in settings:
+        if setting['arm'] == 'BN x 20':
+            lost = filters_of(folder_of(**setting), 'collapsed')
+            counts = {layer: int(mask.sum()) for layer, mask in lost.items()}
+            without.append({**setting, 'arm': WITHOUT, 'lost': counts})
+    runs += experiment.run(without, run, jobs)
+    rows = [{'arm': s['arm'], 'seed': s['seed'], **found} for s, (found,) in runs]
     cells, contrasts = compare(rows)
     experiment.write(cells=table(cells), contrasts=table(contrasts), runs=table(rows))
     experiment.save(draw(cells, rows))
@@ -155,10 +188,11 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
             {'arm': arm, 'seeds': len(mine), 'AP': mean, 'low': low, 'high': high, **counts}
         )
     pairs = {name: pair for name, pair in CONTRASTS.items() if set(pair) <= scores.keys()}
+    whole = [cell for cell in cells if cell['arm'] != WITHOUT]
     best = {
-        norm: max((c for c in cells if ARMS[c['arm']].norm == norm), key=lambda c: c['AP'])['arm']
+        norm: max((c for c in whole if ARMS[c['arm']].norm == norm), key=lambda c: c['AP'])['arm']
         for norm in ('psbn', 'bn')
-        if any(ARMS[arm].norm == norm for arm in scores)
+        if any(ARMS[c['arm']].norm == norm for c in whole)
     }
     if len(best) == 2:
         pairs[f'the best psBN ({best["psbn"]}) over the best BN ({best["bn"]})'] = (

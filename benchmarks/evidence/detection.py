@@ -56,13 +56,11 @@ def train(config: Path, work_dir: Path, **options: object) -> None:
     command = [sys.executable, ROOT / 'tools/train.py', config, '--work-dir', work_dir, *resume]
     if options:
         command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
+    # Where the experiments' own hooks are found.
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(CONFIGS.parent)}
     with (work_dir / 'train.txt').open('a') as output:
         code = subprocess.call(
-            command,
-            cwd=ROOT,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
     if code:
         raise RuntimeError(f'{config.stem} failed, see {work_dir / "train.txt"}')
@@ -102,29 +100,23 @@ class Detection:
         opened = sum(map(len, done.opened.values()))
         return [{'detector': detector, 'opened': opened, **outcome(work_dir)}]
 
-    def finetune(
+    def options_of(
         self, detector: str, arm: str, norm_eval: bool, times: int, seed: int
-    ) -> list[dict]:
-        """Finetune on the photographs."""
+    ) -> tuple[Path, dict[str, object]]:
+        """The config of a finetuning on the photographs, and its options."""
         pretrained = self.folder / detector / 'pretrained'
-        name = f'{arm.replace(", ", "_")}_{"eval" if norm_eval else "train"}_{times}x_{seed}'
-        work_dir = self.folder / detector / name
         kind = 'BN' if arm == 'BN' else 'psBN'
         parts = ['backbone', 'neck'] + (['bbox_head'] if detector == 'retinanet' else [])
         revived = arm == 'psBN, revived'
         start = pretrained / 'revived.pth' if revived else last_checkpoint(pretrained)
         recovery = '_recovery' if arm == 'psBN, recovery' else ''
-        train(
-            CONFIGS / f'{detector}_r18_fpn_photographs{recovery}.py',
-            work_dir,
+        return CONFIGS / f'{detector}_r18_fpn_photographs{recovery}.py', {
             **{f'model.{part}.norm_cfg.type': kind for part in parts},
-            **{
-                'load_from': start,
-                'model.backbone.norm_eval': norm_eval,
-                'optim_wrapper.optimizer.lr': LEARNING_RATES[detector] * times,
-                'randomness.seed': seed,
-                'default_hooks.checkpoint.save_best': None,
-            },
+            'load_from': start,
+            'model.backbone.norm_eval': norm_eval,
+            'optim_wrapper.optimizer.lr': LEARNING_RATES[detector] * times,
+            'randomness.seed': seed,
+            'default_hooks.checkpoint.save_best': None,
             **(
                 {'optim_wrapper.paramwise_cfg.norm_decay_mult': DECAY[detector] * 4 / times}
                 if arm == 'psBN, decay'
@@ -132,9 +124,17 @@ class Detection:
             ),
             **self.photographs,
             **self.quick,
-        )
-        for checkpoint in work_dir.glob('*.pth'):  # a gigabyte in all
-            checkpoint.unlink()
+        }
+
+    def finetune(
+        self, detector: str, arm: str, norm_eval: bool, times: int, seed: int
+    ) -> list[dict]:
+        """Finetune on the photographs."""
+        name = f'{arm.replace(", ", "_")}_{"eval" if norm_eval else "train"}_{times}x_{seed}'
+        work_dir = self.folder / detector / name
+        config, options = self.options_of(detector, arm, norm_eval, times, seed)
+        train(config, work_dir, **options)
+        remove_checkpoints(work_dir)
         return [outcome(work_dir)]
 
 
@@ -151,22 +151,48 @@ def last_checkpoint(work_dir: Path) -> Path:
     return Path((work_dir / 'last_checkpoint').read_text().strip())
 
 
-def outcome(work_dir: Path) -> dict:
-    """COCO AP at the end, and the collapsed filters at the first report and at the end."""
-    scores = {'AP': 0.0, 'AP50': 0.0}  # where nothing is detected there is no line of AP
+def remove_checkpoints(work_dir: Path) -> None:
+    """Those of all runs are gigabytes."""
+    for checkpoint in work_dir.glob('*.pth'):
+        checkpoint.unlink()
+
+
+def scores_of(work_dir: Path) -> list[dict]:
+    """COCO AP of each validation, of the last of equal steps; without detections there is none."""
+    found = {}
     for log in sorted(work_dir.glob('*/vis_data/scalars.json')):
         for line in map(json.loads, log.read_text().splitlines()):
             if 'coco/bbox_mAP' in line:
                 scores = {'AP': line['coco/bbox_mAP'], 'AP50': line['coco/bbox_mAP_50']}
+                found[line['step']] = {'epoch': line['step'], **scores}
+    return list(found.values())
+
+
+def outcome(work_dir: Path) -> dict:
+    """COCO AP at the end, and the collapsed filters at the first report and at the end."""
+    scores = scores_of(work_dir)
+    last = scores[-1] if scores else {'AP': 0.0, 'AP50': 0.0}
     reports = read_records(find_record(work_dir)).reports
     kinds = ('collapsed', 'vanished', 'dead', 'trapped')
     return {
-        **scores,
+        'AP': last['AP'],
+        'AP50': last['AP50'],
         **{f'{kind}_first': reports[0]['total'][kind] for kind in kinds},
         **{kind: reports[-1]['total'][kind] for kind in kinds},
         'new': sum(report['total']['new'] for report in reports),
         'revived': sum(report['total']['revived'] for report in reports),
     }
+
+
+def filters_of(work_dir: Path, kind: str, ever: bool = False) -> dict[str, np.ndarray]:
+    """The filters (C,) of a kind by layer, where there are any: at the end of a run, or ever."""
+    records = read_records(find_record(work_dir))
+    reports = records.reports if ever else records.reports[-1:]
+    masks = {
+        layer['name']: np.any([records.mask(report, kind, i) for report in reports], axis=0)
+        for i, layer in enumerate(records.header['layers'])
+    }
+    return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def main() -> None:

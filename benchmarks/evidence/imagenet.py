@@ -1,0 +1,251 @@
+"""Finetuning from ImageNet weights, as MMDetection's users do.
+
+MMDetection's SSDLite with public MobileNetV2 weights, on photographs of blood cells at 320 px: BN,
+psBN and psBN with recovery at the baseline's learning rate and at four times that, with the
+statistics of ImageNet in the backbone (norm_eval) or those of the batch. The weights are those of
+networks.py, which says where to get them. Each run is one of tools/train.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import (
+    BLUE,
+    IMAGES,
+    ORANGE,
+    RED,
+    Experiment,
+    contrast,
+    contrasts_table,
+    markdown_table,
+    mean_ci,
+    table,
+)
+from detection import CONFIGS, QUICK, data_options, outcome, remove_checkpoints, train
+from matplotlib.figure import Figure
+from mmdet.models.backbones import MobileNetV2
+from networks import PACKAGES
+
+from psbn_mmdet.checkpoints import read_weights
+from psbn_mmdet.records import read_records, stage_of
+from psbn_mmdet.report import find_record
+
+WEIGHTS = 'mobilenet_v2-b0353104.pth'
+LEARNING_RATE = 0.015 * 8 / 192  # the baseline's, for 8 images
+RECOVERY = 'psBN, recovery'
+COLOURS = {'BN': RED, 'psBN': BLUE, RECOVERY: ORANGE}
+RATES = (1, 4)
+CONTRASTS = {
+    'psBN over BN': ('psBN', 'BN'),
+    'psBN with recovery over BN': (RECOVERY, 'BN'),
+}
+OPTIONS = [
+    ('--jobs', '2', 'runs at a time'),
+    ('--seeds', '3', 'seeds of each arm'),
+    PACKAGES,
+    IMAGES,
+]
+
+
+def as_backbone(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Torchvision's weights under the names of MMDetection's MobileNetV2, in the same order.
+
+    Raises:
+        ValueError: If they are of another network.
+    """
+    features = [value for key, value in weights.items() if key.startswith('features.')]
+    own = MobileNetV2().state_dict()
+    names = [name for name in own if not name.endswith('num_batches_tracked')]
+    features = [value for value in features if value.dim()]
+    if [value.shape for value in features] != [own[name].shape for name in names]:
+        raise ValueError('the weights are not those of a MobileNetV2')
+    return dict(zip(names, features))
+
+
+class Finetuning:
+    """The runs, in a work dir."""
+
+    def __init__(self, experiment: Experiment, weights: Path) -> None:
+        self.folder = experiment.work_dir.resolve() / 'imagenet'
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.backbone = self.folder / 'mobilenet_v2.pth'
+        state = read_weights(weights).state_dict
+        torch.save({'state_dict': as_backbone(state)}, self.backbone)
+        images = os.path.abspath(experiment.args.images)
+        self.options = {
+            key.replace('train_dataloader.dataset', 'train_dataloader.dataset.dataset'): value
+            for key, value in data_options(images).items()
+        }
+        if experiment.quick:
+            self.options |= {**QUICK, 'train_dataloader.batch_size': 4}
+            del self.options['train_dataloader.dataset.indices']
+            self.options['train_dataloader.dataset.dataset.indices'] = 8
+
+    def run(self, arm: str, times: int, norm_eval: bool, seed: int) -> list[dict]:
+        """Finetune."""
+        name = f'{arm.replace(", ", "_")}_{"eval" if norm_eval else "train"}_{times}x_{seed}'
+        work_dir = self.folder / name
+        config = self.folder / f'{name}.py'
+        base = CONFIGS / 'ssdlite_mobilenetv2_photographs.py'
+        config.write_text(
+            f'_base_ = {str(base)!r}\n'
+            + (
+                "custom_hooks = [dict(type='CollapseHook', interval=25), "
+                "dict(type='RecoveryHook', steps=100)]\n"
+                if arm == RECOVERY
+                else ''
+            )
+        )
+        kind = 'BN' if arm == 'BN' else 'psBN'
+        train(
+            config,
+            work_dir,
+            **{f'model.{part}.norm_cfg.type': kind for part in ('backbone', 'neck', 'bbox_head')},
+            **{
+                'model.backbone.init_cfg.checkpoint': self.backbone,
+                'model.backbone.norm_eval': norm_eval,
+                'optim_wrapper.optimizer.lr': LEARNING_RATE * times,
+                'randomness.seed': seed,
+            },
+            **self.options,
+        )
+        remove_checkpoints(work_dir)
+        return [{**outcome(work_dir), 'course': course(work_dir)}]
+
+
+def course(work_dir: Path) -> list[dict]:
+    """Collapsed filters by stage in each report."""
+    records = read_records(find_record(work_dir))
+    rows = []
+    for report in records.reports:
+        counts: dict[str, int] = {}
+        for i, layer in enumerate(records.header['layers']):
+            stage = stage_of(layer['name'])
+            mask = records.mask(report, 'collapsed', i)
+            counts[stage] = counts.get(stage, 0) + int(mask.sum())
+        rows += [
+            {'iter': report['iter'], 'stage': stage, 'collapsed': counts[stage]} for stage in counts
+        ]
+    return rows
+
+
+def main() -> None:
+    """Finetune, write."""
+    experiment = Experiment('imagenet', __doc__, OPTIONS)
+    found = sorted(Path(experiment.args.packages).rglob(WEIGHTS))
+    if not found or not Path(experiment.args.images, 'annotations/train.json').is_file():
+        print('imagenet: no weights in --packages, or no photographs in --images: skipped')
+        return
+    finetuning = Finetuning(experiment, found[0])
+    quick = experiment.quick
+    settings = [
+        dict(arm=arm, times=times, norm_eval=norm_eval, seed=seed)
+        for seed in range(1 if quick else int(experiment.args.seeds))
+        for times in ((4,) if quick else RATES)
+        for norm_eval in ((True,) if quick else (False, True))
+        for arm in ([RECOVERY] if quick else COLOURS)
+    ]
+    runs = experiment.run(settings, finetuning.run, int(experiment.args.jobs))
+    rows = [{**setting, **found} for setting, (found,) in runs]
+    cells, contrasts = compare(rows)
+    courses = [
+        {**{key: row[key] for key in settings[0]}, **step} for row in rows for step in row['course']
+    ]
+    experiment.write(
+        cells=table(cells),
+        contrasts=table(contrasts),
+        runs=table([{k: v for k, v in row.items() if k != 'course'} for row in rows]),
+        courses=table(courses),
+    )
+    experiment.save(draw(rows))
+    experiment.tell(as_markdown(cells, contrasts))
+
+
+def name_of(times: int, norm_eval: bool) -> str:
+    """A setting in words."""
+    return f'lr x {times}, statistics {"of ImageNet" if norm_eval else "of the batch"}'
+
+
+def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The arms' means in each setting, and their contrasts."""
+    cells, contrasts = [], []
+    for times, norm_eval in dict.fromkeys((row['times'], row['norm_eval']) for row in rows):
+        scores: dict[str, dict[int, float]] = {}
+        setting = name_of(times, norm_eval)
+        for arm in COLOURS:
+            mine = [
+                row
+                for row in rows
+                if (row['times'], row['norm_eval'], row['arm']) == (times, norm_eval, arm)
+            ]
+            if not mine:
+                continue
+            scores[arm] = {row['seed']: row['AP'] for row in mine}
+            mean, low, high = mean_ci(list(scores[arm].values()))
+            cell = {'setting': setting, 'arm': arm, 'seeds': len(mine)}
+            cell |= {'AP': mean, 'low': low, 'high': high}
+            for name in ('collapsed_first', 'collapsed', 'trapped', 'new', 'revived'):
+                cell[name] = float(np.mean([row[name] for row in mine]))
+            cells.append(cell)
+        contrasts += [
+            contrast(f'{setting}: {name}', scores[larger], scores[smaller])
+            for name, (larger, smaller) in CONTRASTS.items()
+            if larger in scores and smaller in scores
+        ]
+    return cells, contrasts
+
+
+def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:
+    """The tables of the page."""
+    first = markdown_table(
+        ['', '', 'seeds', 'AP', 'collapsed at the start', 'collapsed', 'trapped'],
+        [
+            [c['setting'], c['arm'], c['seeds'], f'{c["AP"]:.3f}']
+            + [f'{c[name]:.0f}' for name in ('collapsed_first', 'collapsed', 'trapped')]
+            for c in cells
+        ],
+    )
+    return first + '\n' + contrasts_table(contrasts, 'AP')
+
+
+def draw(rows: list[dict]) -> Figure:
+    """Collapsed filters of each stage over the steps, a panel for each setting and arm."""
+    settings = list(dict.fromkeys((row['times'], row['norm_eval']) for row in rows))
+    arms = [arm for arm in COLOURS if any(row['arm'] == arm for row in rows)]
+    stages = list(dict.fromkeys(step['stage'] for row in rows for step in row['course']))
+    figure = Figure(figsize=(3.2 * len(arms), 2.2 * len(settings) + 0.8), layout='constrained')
+    axes = figure.subplots(len(settings), len(arms), squeeze=False, sharex=True, sharey=True)
+    for row_of_axes, setting in zip(axes, settings):
+        for ax, arm in zip(row_of_axes, arms):
+            steps = [
+                step
+                for row in rows
+                if (row['times'], row['norm_eval'], row['arm']) == (*setting, arm)
+                for step in row['course']
+            ]
+            iterations = sorted({step['iter'] for step in steps})
+            heights = [
+                [
+                    np.mean(
+                        [s['collapsed'] for s in steps if (s['iter'], s['stage']) == (x, stage)]
+                    )
+                    for x in iterations
+                ]
+                for stage in stages
+            ]
+            ax.stackplot(iterations, heights, labels=stages, lw=0)
+            ax.set_title(f'{arm}\n{name_of(*setting)}', fontsize=8)
+    for ax in axes[-1]:
+        ax.set_xlabel('step')
+    for ax in axes[:, 0]:
+        ax.set_ylabel('collapsed filters')
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center', fontsize=7)
+    return figure
+
+
+if __name__ == '__main__':
+    main()
