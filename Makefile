@@ -61,6 +61,7 @@ evidence: setup-dev  ## test the paper's claims; ARGS=--quick for a smoke run
 	@$(VENV)/bin/python benchmarks/evidence/finetuning.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/imagenet.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/cifar.py $(ARGS)
+	@$(VENV)/bin/python benchmarks/evidence/costs.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/alpha.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/networks.py $(ARGS)
 

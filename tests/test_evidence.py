@@ -523,7 +523,7 @@ def test_a_contrast_is_paired_and_says_what_it_could_have_found():
     assert common.contrast('', {0: 0.0, 1: 0.1}, {0: 1.0, 1: 1.1})['verdict'] == 'lower'
 
 
-@pytest.mark.parametrize('name', ['decay'])
+@pytest.mark.parametrize('name', ['decay', 'finetuning'])
 def test_the_page_tells_what_the_kept_results_say(name):
     """Its tables and verdicts are put there by the script."""
     result = json.loads((ROOT / f'benchmarks/results/evidence/{name}.json').read_text())
@@ -534,6 +534,20 @@ def test_the_page_tells_what_the_kept_results_say(name):
     for row in contrasts:
         (line,) = (line for line in told.splitlines() if row['contrast'] in line)
         assert f'**{row["verdict"]}**' in line and f'{row["mean"]:+.3f}' in line
+
+
+def test_costs(work_dir):
+    """From the kept results of the other scripts, in points."""
+    run('costs', work_dir)
+    rows = rows_of(result_of('costs', work_dir)['networks'])
+    decay = json.loads((ROOT / 'benchmarks/results/evidence/decay.json').read_text())
+    of_decay = {row['contrast']: row['mean'] for row in rows_of(decay['contrasts'])}
+    worth, gain = rows[:2]
+    assert (worth['kind'], gain['kind']) == ('worth', 'gain')
+    assert worth['mean'] == pytest.approx(100 * of_decay[worth['contrast']])
+    assert gain['mean'] == pytest.approx(100 * of_decay['psBN x 20 over BN x 20'])
+    (bn,) = (cell for cell in rows_of(decay['cells']) if cell['arm'] == 'BN x 20')
+    assert worth['lost'] == bn['collapsed'] > 0
 
 
 def test_alpha(work_dir):

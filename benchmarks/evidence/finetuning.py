@@ -9,6 +9,7 @@ taken away, or as many others of their layers, and the collapsed ones are pruned
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -45,6 +46,8 @@ from mmengine.runner import Runner
 
 from psbn_mmdet.checkpoints import read_content
 from psbn_mmdet.preflight import load_config
+from psbn_mmdet.records import find_snapshots, read_records, read_snapshot
+from psbn_mmdet.report import find_record
 
 DETECTOR = 'faster-rcnn'
 COLOURS = {'BN': RED, 'psBN': BLUE, 'psBN, recovery': ORANGE}
@@ -86,9 +89,12 @@ class Finetuning:
                 name: mask & ~collapsed.get(name, np.zeros_like(mask))
                 for name, mask in ever.items()
             }
+            others = as_many_others(recovered, collapsed)
             found['recovered'] = sum(int(mask.sum()) for mask in recovered.values())
+            found['gamma_recovered'] = median_gamma(work_dir, recovered)
+            found['gamma_others'] = median_gamma(work_dir, others)
             changes['without_recovered'] = (take_away, recovered)
-            changes['without_others'] = (take_away, as_many_others(recovered, collapsed))
+            changes['without_others'] = (take_away, others)
         aps = in_process(
             aps_changed,
             config=config,
@@ -99,6 +105,18 @@ class Finetuning:
         )
         remove_checkpoints(work_dir)
         return [{**found, **dict(zip(changes, aps)), 'scores': scores_of(work_dir)}]
+
+
+def median_gamma(work_dir: Path, masks: Mapping[str, np.ndarray]) -> float | None:
+    """Of |gamma| of some filters at the end of a run."""
+    record = find_record(work_dir)
+    layers = read_records(record).header['layers']
+    chosen = np.concatenate(
+        [masks.get(layer['name'], np.zeros(layer['channels'], bool)) for layer in layers]
+    )
+    snapshots = find_snapshots(record.parent)
+    gamma, _ = read_snapshot(snapshots[max(snapshots)], len(chosen))
+    return float(np.median(np.abs(gamma[chosen]))) if chosen.any() else None
 
 
 def aps_changed(
@@ -146,7 +164,7 @@ def main() -> None:
         'revived',
         'pruned',
     )
-    extra = ('recovered', 'without_recovered', 'without_others')
+    extra = ('recovered', 'without_recovered', 'without_others', 'gamma_recovered', 'gamma_others')
     experiment.write(
         cells=table(cells),
         contrasts=table(contrasts),
