@@ -27,12 +27,12 @@ from common import (
     ROOT,
     Experiment,
     as_many_others,
-    contrast,
+    cell_of,
+    contrasts_of,
     contrasts_table,
     in_process,
     make_constant,
     markdown_table,
-    mean_ci,
     table,
     take_away,
 )
@@ -76,6 +76,8 @@ CONTRASTS = {
     'psBN over BN': ('psBN', 'BN'),
     'psBN over BN that starts at 0.1': ('psBN', 'BN, starts at 0.1'),
     'psBN with recovery over BN': ('psBN, recovery', 'BN'),
+    'whole over without the recovered filters': ('psBN, recovery', 'without recovered'),
+    'whole over without as many others': ('psBN, recovery', 'without others'),
 }
 OPTIONS = [
     ('--cifar', '../shared/data/cifar10', 'folder of train.zip and test.zip, images by class'),
@@ -295,7 +297,7 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """The arms' means in each network and regime, and their contrasts."""
     cells, contrasts = [], []
     for network, regime in dict.fromkeys((row['network'], row['regime']) for row in rows):
-        scores: dict[str, dict[int, float]] = {}
+        scores = {}
         for arm in COLOURS:
             mine = [
                 row
@@ -304,21 +306,18 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
             ]
             if not mine:
                 continue
-            scores[arm] = {row['seed']: 100 * row['accuracy'] for row in mine}
-            mean, low, high = mean_ci(list(scores[arm].values()))
-            cell = {'network': network, 'regime': regime, 'arm': arm, 'seeds': len(mine)}
-            cell |= {'accuracy': mean, 'low': low, 'high': high, 'filters': mine[0]['filters']}
-            for name in ('collapsed', 'trapped', 'recovered'):
-                cell[name] = float(np.mean([row.get(name) or 0 for row in mine]))
+            counts = ('collapsed', 'trapped', 'recovered')
+            cell, scores[arm] = cell_of(mine, 'accuracy', counts, factor=100)
+            cell = {'network': network, 'regime': regime, 'arm': arm, **cell}
+            cell['filters'] = mine[0]['filters']
             cell['pruning'] = 100 * max(abs(row['accuracy'] - row['pruned']) for row in mine)
-            for name in ('recovered_worth', 'others_worth'):
-                cell[name] = 100 * float(np.mean([row.get(name) or 0 for row in mine]))
             cells.append(cell)
-        contrasts += [
-            contrast(f'{network}, {regime}: {name}', scores[larger], scores[smaller])
-            for name, (larger, smaller) in CONTRASTS.items()
-            if larger in scores and smaller in scores
-        ]
+            for less in ('recovered', 'others'):
+                if mine[0].get('recovered'):
+                    scores[f'without {less}'] = {
+                        row['seed']: 100 * (row['accuracy'] - row[f'{less}_worth']) for row in mine
+                    }
+        contrasts += contrasts_of(scores, CONTRASTS, f'{network}, {regime}: ')
     return cells, contrasts
 
 

@@ -270,6 +270,35 @@ def contrast(name: str, larger: dict[int, float], smaller: dict[int, float]) -> 
     return {**row, 'verdict': kind}
 
 
+def cell_of(
+    rows: Sequence[dict], score: str, counts: Sequence[str], factor: float = 1
+) -> tuple[dict, dict[int, float]]:
+    """What the runs of one arm have in the mean, and their scores by seed.
+
+    Args:
+        rows (Sequence[dict]): A row for each seed.
+        score (str): The name of the score, whose mean has its interval, *low* and *high*.
+        counts (Sequence[str]): Names of what has its mean alone, 0 where a row lacks it.
+        factor (float): Of the score. Defaults to 1.
+    """
+    scores = {row['seed']: factor * row[score] for row in rows}
+    mean, low, high = mean_ci(list(scores.values()))
+    cell = {'seeds': len(rows), score: mean, 'low': low, 'high': high}
+    cell |= {name: float(np.mean([row.get(name) or 0 for row in rows])) for name in counts}
+    return cell, scores
+
+
+def contrasts_of(
+    scores: Mapping[str, dict[int, float]], pairs: Mapping[str, tuple[str, str]], before: str = ''
+) -> list[dict]:
+    """The contrasts of those pairs of arms that both were run, named with ``before`` in front."""
+    return [
+        contrast(before + name, scores[larger], scores[smaller])
+        for name, (larger, smaller) in pairs.items()
+        if larger in scores and smaller in scores
+    ]
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table, its first column to the left."""
     lines = [columns, ['---'] + ['---:'] * (len(columns) - 1), *rows]

@@ -13,7 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from common import (
     BLUE,
@@ -22,10 +21,10 @@ from common import (
     RED,
     ROOT,
     Experiment,
-    contrast,
+    cell_of,
+    contrasts_of,
     contrasts_table,
     markdown_table,
-    mean_ci,
     table,
 )
 from detection import (
@@ -176,18 +175,12 @@ def main() -> None:
 
 def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """The arms' means, and the contrasts, with the best of psBN over the best of BN at last."""
-    cells = []
-    scores: dict[str, dict[int, float]] = {}
-    for row in rows:
-        scores.setdefault(row['arm'], {})[row['seed']] = row['AP']
-    for arm, of_seed in scores.items():
+    cells, scores = [], {}
+    for arm in dict.fromkeys(row['arm'] for row in rows):
         mine = [row for row in rows if row['arm'] == arm]
-        mean, low, high = mean_ci(list(of_seed.values()))
-        counts = {k: float(np.mean([r[k] for r in mine])) for k in ('collapsed', 'new', 'revived')}
-        cells.append(
-            {'arm': arm, 'seeds': len(mine), 'AP': mean, 'low': low, 'high': high, **counts}
-        )
-    pairs = {name: pair for name, pair in CONTRASTS.items() if set(pair) <= scores.keys()}
+        cell, scores[arm] = cell_of(mine, 'AP', ('collapsed', 'new', 'revived'))
+        cells.append({'arm': arm, **cell})
+    pairs = dict(CONTRASTS)
     whole = [cell for cell in cells if cell['arm'] != WITHOUT]
     best = {
         norm: max((c for c in whole if ARMS[c['arm']].norm == norm), key=lambda c: c['AP'])['arm']
@@ -199,9 +192,7 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
             best['psbn'],
             best['bn'],
         )
-    return cells, [
-        contrast(name, scores[larger], scores[smaller]) for name, (larger, smaller) in pairs.items()
-    ]
+    return cells, contrasts_of(scores, pairs)
 
 
 def draw(cells: list[dict], rows: list[dict]) -> Figure:

@@ -22,12 +22,12 @@ from common import (
     RED,
     Experiment,
     as_many_others,
-    contrast,
+    cell_of,
+    contrasts_of,
     contrasts_table,
     in_process,
     make_constant,
     markdown_table,
-    mean_ci,
     table,
     take_away,
 )
@@ -56,6 +56,8 @@ CONTRASTS = {
     'psBN over BN': ('psBN', 'BN'),
     'psBN with recovery over BN': (RECOVERY, 'BN'),
     'psBN with recovery over psBN': (RECOVERY, 'psBN'),
+    'whole over without the recovered filters': (RECOVERY, 'without_recovered'),
+    'whole over without as many others': (RECOVERY, 'without_others'),
 }
 LENGTH = {
     'train_cfg.max_epochs': 72,
@@ -181,33 +183,15 @@ def main() -> None:
 
 def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """The arms' means, and their contrasts."""
-    cells: list[dict] = []
-    scores: dict[str, dict[int, float]] = {}
-    worth: list[dict[int, float]] = [{}, {}, {}]
+    cells, scores = [], {}
     for arm in dict.fromkeys(row['arm'] for row in rows):
         mine = [row for row in rows if row['arm'] == arm]
-        scores[arm] = {row['seed']: row['AP'] for row in mine}
-        mean, low, high = mean_ci(list(scores[arm].values()))
-        cell = {'arm': arm, 'seeds': len(mine), 'AP': mean, 'low': low, 'high': high}
-        for name in ('collapsed', 'trapped', 'new', 'recovered'):
-            cell[name] = float(np.mean([row.get(name) or 0 for row in mine]))
-        cell['pruning'] = max(abs(row['AP'] - row['pruned']) for row in mine)
-        cells.append(cell)
-        for row in mine:
-            if 'recovered' in row:
-                for found, value in zip(
-                    worth, (row['AP'], row['without_recovered'], row['without_others'])
-                ):
-                    found[row['seed']] = value
-    contrasts = [
-        contrast(name, scores[larger], scores[smaller])
-        for name, (larger, smaller) in CONTRASTS.items()
-        if larger in scores and smaller in scores
-    ]
-    whole, without, without_others = worth
-    contrasts.append(contrast('whole over without the recovered filters', whole, without))
-    contrasts.append(contrast('whole over without as many others', whole, without_others))
-    return cells, contrasts
+        cell, scores[arm] = cell_of(mine, 'AP', ('collapsed', 'trapped', 'new', 'recovered'))
+        pruning = max(abs(row['AP'] - row['pruned']) for row in mine)
+        cells.append({'arm': arm, **cell, 'pruning': pruning})
+    for less in ('without_recovered', 'without_others'):
+        scores[less] = {row['seed']: row[less] for row in rows if less in row}
+    return cells, contrasts_of(scores, CONTRASTS)
 
 
 def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:

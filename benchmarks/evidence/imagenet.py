@@ -19,10 +19,10 @@ from common import (
     ORANGE,
     RED,
     Experiment,
-    contrast,
+    cell_of,
+    contrasts_of,
     contrasts_table,
     markdown_table,
-    mean_ci,
     table,
 )
 from detection import CONFIGS, QUICK, data_options, outcome, remove_checkpoints, train
@@ -174,7 +174,7 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """The arms' means in each setting, and their contrasts."""
     cells, contrasts = [], []
     for times, norm_eval in dict.fromkeys((row['times'], row['norm_eval']) for row in rows):
-        scores: dict[str, dict[int, float]] = {}
+        scores = {}
         setting = name_of(times, norm_eval)
         for arm in COLOURS:
             mine = [
@@ -182,20 +182,11 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
                 for row in rows
                 if (row['times'], row['norm_eval'], row['arm']) == (times, norm_eval, arm)
             ]
-            if not mine:
-                continue
-            scores[arm] = {row['seed']: row['AP'] for row in mine}
-            mean, low, high = mean_ci(list(scores[arm].values()))
-            cell = {'setting': setting, 'arm': arm, 'seeds': len(mine)}
-            cell |= {'AP': mean, 'low': low, 'high': high}
-            for name in ('collapsed_first', 'collapsed', 'trapped', 'new', 'revived'):
-                cell[name] = float(np.mean([row[name] for row in mine]))
-            cells.append(cell)
-        contrasts += [
-            contrast(f'{setting}: {name}', scores[larger], scores[smaller])
-            for name, (larger, smaller) in CONTRASTS.items()
-            if larger in scores and smaller in scores
-        ]
+            if mine:
+                counts = ('collapsed_first', 'collapsed', 'trapped', 'new', 'revived')
+                cell, scores[arm] = cell_of(mine, 'AP', counts)
+                cells.append({'setting': setting, 'arm': arm, **cell})
+        contrasts += contrasts_of(scores, CONTRASTS, f'{setting}: ')
     return cells, contrasts
 
 
