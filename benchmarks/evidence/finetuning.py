@@ -164,15 +164,13 @@ def main() -> None:
         'trapped',
         'new',
         'revived',
-        'pruned',
     )
-    extra = ('recovered', 'without_recovered', 'without_others', 'gamma_recovered', 'gamma_others')
+    extra = ('pruned', 'recovered', 'without_recovered', 'without_others')
+    gammas = ('gamma_recovered', 'gamma_others')
     experiment.write(
         cells=table(cells),
         contrasts=table(contrasts),
-        runs=table(
-            [{key: row.get(key) for key in ('arm', 'seed', *names, *extra)} for row in rows]
-        ),
+        runs=table([{key: row.get(key) for key in (*names, *extra, *gammas)} for row in rows]),
         scores=table(
             [{'arm': r['arm'], 'seed': r['seed'], **score} for r in rows for score in r['scores']]
         ),

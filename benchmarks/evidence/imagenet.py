@@ -76,33 +76,20 @@ class Finetuning:
         state = read_weights(weights).state_dict
         torch.save({'state_dict': as_backbone(state)}, self.backbone)
         images = os.path.abspath(experiment.args.images)
-        self.options = {
+        quick = {**QUICK, 'train_dataloader.batch_size': 4} if experiment.quick else {}
+        self.options = {  # of the data set within the one that repeats it
             key.replace('train_dataloader.dataset', 'train_dataloader.dataset.dataset'): value
-            for key, value in data_options(images).items()
+            for key, value in {**data_options(images), **quick}.items()
         }
-        if experiment.quick:
-            self.options |= {**QUICK, 'train_dataloader.batch_size': 4}
-            del self.options['train_dataloader.dataset.indices']
-            self.options['train_dataloader.dataset.dataset.indices'] = 8
 
     def run(self, arm: str, times: int, norm_eval: bool, seed: int) -> list[dict]:
         """Finetune."""
         name = f'{arm.replace(", ", "_")}_{"eval" if norm_eval else "train"}_{times}x_{seed}'
         work_dir = self.folder / name
-        config = self.folder / f'{name}.py'
-        base = CONFIGS / 'ssdlite_mobilenetv2_photographs.py'
-        config.write_text(
-            f'_base_ = {str(base)!r}\n'
-            + (
-                "custom_hooks = [dict(type='CollapseHook', interval=25), "
-                "dict(type='RecoveryHook', steps=100)]\n"
-                if arm == RECOVERY
-                else ''
-            )
-        )
+        recovery = '_recovery' if arm == RECOVERY else ''
         kind = 'BN' if arm == 'BN' else 'psBN'
         train(
-            config,
+            CONFIGS / f'ssdlite_mobilenetv2_photographs{recovery}.py',
             work_dir,
             **{f'model.{part}.norm_cfg.type': kind for part in ('backbone', 'neck', 'bbox_head')},
             **{
@@ -125,8 +112,7 @@ def course(work_dir: Path) -> list[dict]:
         counts: dict[str, int] = {}
         for i, layer in enumerate(records.header['layers']):
             stage = stage_of(layer['name'])
-            mask = records.mask(report, 'collapsed', i)
-            counts[stage] = counts.get(stage, 0) + int(mask.sum())
+            counts[stage] = counts.get(stage, 0) + report['layers']['collapsed'][i]
         rows += [
             {'iter': report['iter'], 'stage': stage, 'collapsed': counts[stage]} for stage in counts
         ]
