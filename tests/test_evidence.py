@@ -183,6 +183,22 @@ def test_a_killed_run_goes_on_without_doing_finished_runs_again(tmp_path, monkey
     assert len(common.read_finished(tmp_path / 'x.jsonl')) == 3
 
 
+def test_a_script_goes_on_from_a_copy_of_the_kept_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, 'ROOT', tmp_path)
+    done: list[int] = []
+    for name, seeds in (('first', 2), ('second', 3)):
+        monkeypatch.setattr(sys, 'argv', ['x', '--work-dir', str(tmp_path / name)])
+        experiment = common.Experiment('x', 'An x.')
+        kept = tmp_path / 'benchmarks/results/evidence/x.jsonl'
+        if kept.exists():
+            (experiment.work_dir / 'x.jsonl').write_text(kept.read_text())
+        done.clear()
+        experiment.run([{'seed': i} for i in range(seeds)], lambda seed: [done.append(seed) or {}])
+        experiment.write()
+    assert done == [2]
+    assert len(kept.read_text().splitlines()) == 3
+
+
 @pytest.fixture(scope='module')
 def work_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp('evidence')

@@ -1,10 +1,10 @@
 """CIFAR-10: what collapse costs a classifier, what psBN and recovery save of it.
 
 ResNet-20 and one of half its width, from scratch on a quarter of the images with crops and flips,
-an epoch of warm-up and a cosine schedule to 0: SGD at the usual rate and at five times that, and Adam
-at a large one. Besides BN, psBN and psBN with recovery, the last without the filters that collapse
-with BN: as many are taken away in each layer from the first step on, so that the difference is what
-filters kept alive are worth.
+an epoch of warm-up and a cosine schedule to 0: SGD at the usual rate and at five times that, and
+Adam at a large one. Besides BN, psBN and psBN with recovery, the last without the filters that
+collapse with BN: as many are taken away in each layer from the first step on, so that the
+difference is what filters kept alive are worth.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ class Experiment:
     """The command line, the finished runs and the outputs of one script.
 
     A finished run is one line in ``<work-dir>/<name>.jsonl``, keyed by its settings, so that a
-    script that was killed goes on where it was. The results go to ``benchmarks/results/evidence``
-    and ``docs/images``; those of ``--quick`` stay in the work dir, which is another one.
+    script that was killed goes on where it was. The results go to ``benchmarks/results/evidence``,
+    with a copy of the finished runs, and ``docs/images``; those of ``--quick`` stay in the work
+    dir, which is another one.
 
     Args:
         name (str): Of the experiment.
@@ -63,7 +64,7 @@ class Experiment:
         self.args = parser.parse_args()
         self.name = name
         self.quick: bool = self.args.quick
-        self.seconds = 0.0
+        self._finished: list[dict] = []
         folder = 'work_dirs/evidence_quick' if self.quick else 'work_dirs/evidence'
         self.work_dir: Path = self.args.work_dir or ROOT / folder
         self.work_dir.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ class Experiment:
                     file.flush()
                     done[key_of(line['setting'])] = line
         finished = [done[key_of(setting)] for setting in settings]
-        self.seconds += sum(line['seconds'] for line in finished)
+        self._finished += finished
         return [(line['setting'], line['rows']) for line in finished]
 
     def write(self, **content: Any) -> None:
@@ -107,13 +108,16 @@ class Experiment:
             'command': f'python benchmarks/evidence/{self.name}.py{options}',
             'versions': versions(),
             'hardware': f'{platform.machine()} CPU, {torch.get_num_threads()} thread',
-            'seconds': round(self.seconds),
+            'seconds': round(sum(line['seconds'] for line in self._finished)),
             **content,
         }
         folder = self.work_dir if self.quick else ROOT / 'benchmarks/results/evidence'
         folder.mkdir(parents=True, exist_ok=True)
         lines = ',\n'.join(f'{json.dumps(key)}: {_dump(value)}' for key, value in result.items())
         (folder / f'{self.name}.json').write_text('{\n' + lines + '\n}\n')
+        if not self.quick:
+            runs = [json.dumps(line) + '\n' for line in self._finished]
+            (folder / f'{self.name}.jsonl').write_text(''.join(runs))
         print(f'{self.name}: results in {folder}')
 
     def tell(self, markdown: str) -> None:

@@ -1,8 +1,8 @@
 # MMDetection's SSDLite on photographs of blood cells, from ImageNet weights.
 _base_ = 'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
 
-custom_imports = dict(imports=['psbn_mmdet', 'mend_ssd'], allow_failed_imports=False)
-custom_hooks = [dict(type='CollapseHook', interval=25)]
+custom_imports = dict(imports=['psbn_mmdet', 'ssd_on_cpus'], allow_failed_imports=False)
+custom_hooks = [dict(type='CollapseHook', interval=25), dict(type='ChannelsLastHook')]
 
 norm_cfg = dict(type='BN', eps=0.001, momentum=0.03)
 model = dict(

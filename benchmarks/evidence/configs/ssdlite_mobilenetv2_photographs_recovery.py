@@ -4,4 +4,5 @@ _base_ = './ssdlite_mobilenetv2_photographs.py'
 custom_hooks = [
     dict(type='CollapseHook', interval=25),
     dict(type='RecoveryHook', steps=100),
+    dict(type='ChannelsLastHook'),
 ]
