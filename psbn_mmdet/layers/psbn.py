@@ -44,7 +44,8 @@ def check_shift(shift: float, dtype: torch.dtype = torch.float32) -> float:
         float: The same value.
 
     Raises:
-        ValueError: If ``shift`` is not a finite number > 0, or 0 or infinite in ``dtype``.
+        ValueError: If ``shift`` is not a finite number > 0, or in ``dtype`` is 0, infinite, or so
+            large that biases are rounded by more than a tenth.
     """
     is_number = isinstance(shift, (int, float)) and not isinstance(shift, bool)
     if not is_number or not 0 < shift <= sys.float_info.max:  # so is an int beyond all floats
@@ -53,6 +54,12 @@ def check_shift(shift: float, dtype: torch.dtype = torch.float32) -> float:
     if not 0 < held < math.inf:
         raise ValueError(
             f'psBN: shift={shift!r} is {held:g} in {dtype}: give one that this type can hold'
+        )
+    step = held * torch.finfo(dtype).eps
+    if step > 0.1:  # beta + shift would round what is learned away
+        raise ValueError(
+            f'psBN: shift={shift!r} leaves the bias steps of {step:.1g} in {dtype}: give a '
+            'smaller one, such as 0.1'
         )
     return float(shift)
 

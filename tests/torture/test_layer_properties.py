@@ -106,6 +106,7 @@ def test_a_layer_is_bn_plus_the_shift(
 @example(shift=1e-50, dtype=None)  # 0 in float32: a BN
 @example(shift=1e-9, dtype=torch.float16)
 @example(shift=1e5, dtype=torch.float16)  # infinite
+@example(shift=1e8, dtype=None)  # biases in steps of 8
 def test_a_shift_is_held_or_refused_by_its_value(shift, dtype):
     count()
     kwargs = dict(dtype=dtype, shift=shift)
@@ -113,7 +114,7 @@ def test_a_shift_is_held_or_refused_by_its_value(shift, dtype):
     if error:
         assert error.startswith('psBN: shift') and repr(shift) in error
         limits = torch.finfo(dtype or torch.float32)
-        valid = is_number(shift) and limits.tiny <= shift <= limits.max
+        valid = is_number(shift) and limits.tiny <= shift <= 0.1 / limits.eps
         assert not valid
         return
     assert is_number(shift) and shift > 0
@@ -121,6 +122,9 @@ def test_a_shift_is_held_or_refused_by_its_value(shift, dtype):
     tiny = torch.finfo(dtype or torch.float32).tiny
     assert held == pytest.approx(shift, rel=1e-2, abs=tiny) and 0 < held < math.inf
     assert float(layer.bias[0]) == held
+    with torch.no_grad():
+        layer.beta += 0.3
+    assert float(layer.bias[0]) - held == pytest.approx(0.3, abs=0.1)
 
 
 @given(dtype=st.sampled_from([torch.int32, torch.int64, torch.bool, torch.complex64]) | junk)
