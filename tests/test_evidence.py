@@ -439,10 +439,14 @@ def test_arms_of_the_decay_are_what_their_names_say(tmp_path):
         'psBN, beta x 20': (1, 20, 0.1),
         'BN x 20, starts at 0.1': (20, 20, 0.1),
         'psBN x 20, starts at 0': (20, 20, 0.0),
+        'BN x 0': (0, 0, 0.0),
+        'psBN x 50, recovery': (50, 50, 0.1),
     }.items():
         file = tmp_path / 'arm.py'
         file.write_text(decay.config_of(arm, tmp_path))
         config = load_config(str(file))
+        hooks = [hook.type for hook in config.custom_hooks]
+        assert hooks == ['CollapseHook', *['RecoveryHook'] * arm.endswith('recovery')]
         with DefaultScope.overwrite_default_scope('mmdet'):
             model = model_of_config(config)
             optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer

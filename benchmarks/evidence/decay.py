@@ -1,11 +1,12 @@
 """A detector from scratch: what a larger weight decay on gamma and beta does, and by what.
 
-The demo's Faster R-CNN on the drawn data with BN and psBN, with the weight decay of all other
-parameters and with 20 times that on gamma and beta, or on gamma or beta alone; BN whose biases
-start at psBN's 0.1 (the start without the mechanism) and psBN whose b starts at BN's 0 (the
-mechanism without the start); psBN without the filters that collapse with BN: as many in each layer
-are taken away from the first step on, so that the difference is what filters kept alive are worth.
-Each run is one of tools/train.py.
+The demo's Faster R-CNN on the drawn data with BN, psBN and psBN with recovery, with the weight
+decay of all other parameters on gamma and beta, or with 0, 5, 20 and 50 times that: the map. And at
+20 times, what it comes from: gamma or beta alone decayed so; BN whose biases start at psBN's 0.1
+(the start without the mechanism) and psBN whose b starts at BN's 0 (the mechanism without the
+start); psBN without the filters that collapse with BN: as many in each layer are taken away from
+the first step on, so that the difference is what filters kept alive are worth. Each run is one of
+tools/train.py.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from psbn_mmdet.preflight import load_config
 
 SHIFT = 0.1
 WITHOUT = 'psBN x 20, without them'
-MANY, FEW = 5, 2  # seeds: of the arms that answer the question, and of the others
+MANY, SOME, FEW = 5, 3, 2  # seeds: at 20 times, of the map, and of single controls
 
 
 class Arm(NamedTuple):
@@ -57,11 +58,12 @@ class Arm(NamedTuple):
     beta: float = 1
     start: float | None = None  # None is the norm's own
     seeds: int = FEW
+    recovery: bool = False
 
 
 ARMS = {
-    'BN': Arm('bn'),
-    'psBN': Arm('psbn'),
+    'BN': Arm('bn', seeds=SOME),
+    'psBN': Arm('psbn', seeds=SOME),
     'BN, starts at 0.1': Arm('bn', start=SHIFT),
     'BN x 20': Arm('bn', 20, 20, seeds=MANY),
     'BN x 20, starts at 0.1': Arm('bn', 20, 20, start=SHIFT, seeds=MANY),
@@ -70,6 +72,15 @@ ARMS = {
     WITHOUT: Arm('psbn', 20, 20, seeds=MANY),
     'psBN, gamma x 20': Arm('psbn', gamma=20),
     'psBN, beta x 20': Arm('psbn', beta=20),
+    'BN x 0': Arm('bn', 0, 0),
+    'psBN x 0': Arm('psbn', 0, 0),
+    'BN x 5': Arm('bn', 5, 5, seeds=SOME),
+    'psBN x 5': Arm('psbn', 5, 5, seeds=SOME),
+    'psBN x 5, recovery': Arm('psbn', 5, 5, seeds=SOME, recovery=True),
+    'psBN x 20, recovery': Arm('psbn', 20, 20, seeds=SOME, recovery=True),
+    'BN x 50': Arm('bn', 50, 50, seeds=SOME),
+    'psBN x 50': Arm('psbn', 50, 50, seeds=SOME),
+    'psBN x 50, recovery': Arm('psbn', 50, 50, seeds=SOME, recovery=True),
 }
 CONTRASTS = {
     'psBN x 20 over BN x 20': ('psBN x 20', 'BN x 20'),
@@ -80,6 +91,18 @@ CONTRASTS = {
         'BN x 20, starts at 0.1',
     ),
     'what the filters are worth: psBN over psBN without them': ('psBN x 20', WITHOUT),
+    'recovery: psBN x 20 with it over psBN x 20': ('psBN x 20, recovery', 'psBN x 20'),
+    'psBN x 5 over BN x 5': ('psBN x 5', 'BN x 5'),
+    'psBN x 50 over BN x 50': ('psBN x 50', 'BN x 50'),
+    'recovery: psBN x 50 with it over psBN x 50': ('psBN x 50, recovery', 'psBN x 50'),
+}
+
+
+DECAYS = (0, 1, 5, 20, 50)
+LINES = {
+    'BN': ('bn', False, RED),
+    'psBN': ('psbn', False, BLUE),
+    'psBN, recovery': ('psbn', True, ORANGE),
 }
 
 
@@ -97,6 +120,8 @@ def config_of(name: str, folder: Path, lost: dict[str, int] | None = None) -> st
 custom_hooks = [dict(type='CollapseHook', interval=50)]
 optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, **{paramwise}))
 """
+    if arm.recovery:
+        text += "custom_hooks += [dict(type='RecoveryHook', steps=300)]\n"
     if lost is not None:
         channels = {layer: list(range(count)) for layer, count in lost.items()}
         text += f"""custom_imports = dict(imports=['psbn_mmdet', 'take_away'])
@@ -127,9 +152,13 @@ def main() -> None:
     def folder_of(arm: str, seed: int) -> Path:
         return folder / f'{arm.replace(", ", "_").replace(" ", "-")}_{seed}'
 
-    def run(arm: str, seed: int, lost: dict[str, int] | None = None) -> list[dict]:
+    def run(arm: str, seed: int) -> list[dict]:
         """One run."""
         work_dir = folder_of(arm, seed)
+        lost = None
+        if arm == WITHOUT:
+            masks = filters_of(folder_of('BN x 20', seed), 'collapsed')
+            lost = {layer: int(mask.sum()) for layer, mask in masks.items()}
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / f'{work_dir.name}.py'
         config.write_text(config_of(arm, folder, lost))
@@ -148,14 +177,9 @@ def main() -> None:
     settings.sort(key=lambda setting: -ARMS[setting['arm']].seeds)  # what answers it first
     jobs = int(experiment.args.jobs)
     runs = experiment.run(settings, run, jobs)
-    without = []
-    for setting in settings:
-        if setting['arm'] == 'BN x 20':
-            lost = filters_of(folder_of(**setting), 'collapsed')
-            counts = {layer: int(mask.sum()) for layer, mask in lost.items()}
-            without.append({**setting, 'arm': WITHOUT, 'lost': counts})
-    runs += experiment.run(without, run, jobs)
-    rows = [{'arm': s['arm'], 'seed': s['seed'], **found} for s, (found,) in runs]
+    without = [{**s, 'arm': WITHOUT} for s in settings if s['arm'] == 'BN x 20']
+    runs += experiment.run(without, run, jobs)  # after those that they are like
+    rows = [{**setting, **found} for setting, (found,) in runs]
     cells, contrasts = compare(rows)
     experiment.write(cells=table(cells), contrasts=table(contrasts), runs=table(rows))
     experiment.save(draw(cells, rows))
@@ -196,23 +220,40 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def draw(cells: list[dict], rows: list[dict]) -> Figure:
-    """AP of each run by arm, and how many filters are collapsed at its end."""
-    figure = Figure(figsize=(9, 5), layout='constrained')
-    left, right = figure.subplots(1, 2, sharey=True)
-    arms = [cell['arm'] for cell in cells]
-    for row in rows:
-        y = arms.index(row['arm'])
-        colour = RED if row['arm'].startswith('BN') else BLUE
-        left.plot(row['AP'], y, 'o', color=colour, ms=4)
-        right.plot(row['collapsed'], y, 'o', color=ORANGE, ms=4)
-    left.plot([cell['AP'] for cell in cells], range(len(arms)), '|', ms=14, color=GREY)
-    left.set_yticks(range(len(arms)), arms)
-    left.invert_yaxis()
-    left.set_xlabel('AP (one run each; grey: mean)')
-    right.set_xlabel('collapsed filters at the end')
+    """AP and collapsed filters over the decay, and AP of the arms at 20 times."""
+    figure = Figure(figsize=(13, 4.5), layout='constrained')
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 4))
+    by_arm = {cell['arm']: cell for cell in cells}
+    for label, (norm, recovery, colour) in LINES.items():
+        on_line = {
+            arm.gamma: name
+            for name, arm in ARMS.items()
+            if name in by_arm and name != WITHOUT and arm.gamma == arm.beta and arm.start is None
+            if (arm.norm, arm.recovery) == (norm, recovery)
+        }
+        names = [on_line[times] for times in sorted(on_line)]
+        x = [DECAYS.index(times) for times in sorted(on_line)]
+        for ax, column in ((left, 'AP'), (middle, 'collapsed')):
+            ax.plot(x, [by_arm[name][column] for name in names], color=colour, label=label)
+            for at, name in zip(x, names):
+                found = [row[column] for row in rows if row['arm'] == name]
+                ax.plot([at] * len(found), found, 'o', color=colour, ms=4, alpha=0.6)
+    for ax, label in ((left, 'AP'), (middle, 'collapsed filters at the end')):
+        ax.set_xticks(range(len(DECAYS)), DECAYS)
+        ax.set_xlabel('decay of gamma and beta, times')
+        ax.set_ylabel(label)
+    left.legend()
+    controls = [name for name in by_arm if 20 in (ARMS[name].gamma, ARMS[name].beta)]
+    for y, name in enumerate(controls):
+        scores = [row['AP'] for row in rows if row['arm'] == name]
+        right.plot(scores, [y] * len(scores), 'o', color=GREY, ms=4)
+        right.plot(by_arm[name]['AP'], y, '|', color=RED if name.startswith('BN') else BLUE, ms=18)
+    right.set_yticks(range(len(controls)), controls)
+    right.invert_yaxis()
+    right.set_xlabel('AP (dots: runs; bars: their mean)')
     most = max(cells, key=lambda cell: cell['AP'])
     figure.suptitle(f'The best mean AP, {most["AP"]:.3f}, is that of {most["arm"]}')
-    for ax in (left, right):
+    for ax in (left, middle, right):
         ax.grid(alpha=0.3, lw=0.5)
     return figure
 
