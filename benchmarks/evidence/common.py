@@ -115,7 +115,7 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         lines = ',\n'.join(f'{json.dumps(key)}: {_dump(value)}' for key, value in result.items())
         (folder / f'{self.name}.json').write_text('{\n' + lines + '\n}\n')
-        if not self.quick:
+        if self._finished and not self.quick:
             runs = [json.dumps(line) + '\n' for line in self._finished]
             (folder / f'{self.name}.jsonl').write_text(''.join(runs))
         print(f'{self.name}: results in {folder}')

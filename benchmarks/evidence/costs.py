@@ -1,19 +1,55 @@
 """What collapse costs, and what a cure gains, network by network, from the other scripts' results.
 
-The worth of the filters that BN loses is how much less a psBN network scores that never had them
-(decay.py, cifar.py). It bounds what a cure of collapse can gain by keeping filters.
+The worth of the filters that BN loses is how much less a psBN network scores without them: without
+as many from the first step on (decay.py, cifar.py), or, in a finetuning, without those that
+recovery has opened, taken away at the end (finetuning.py). It bounds what a cure can gain by
+keeping filters.
 """
 
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 from common import BLUE, GREY, ORANGE, ROOT, Experiment, contrasts_table, table
 from matplotlib.figure import Figure
 
-WORTH = 'what the filters are worth'
-GAINS = ('psBN x 20 over BN x 20', 'psBN with recovery over BN')
 RESULTS = ROOT / 'benchmarks/results/evidence'
+
+
+class Source(NamedTuple):
+    """Where a result has worth and gain: the ends of its contrasts' names, and BN's arm."""
+
+    result: str
+    network: str
+    worth: str
+    gain: str
+    bn: str = 'BN'
+    factor: float = 100  # to points
+
+
+SOURCES = (
+    Source(
+        'decay',
+        'the demo, from scratch, decay x 20',
+        'what the filters are worth: psBN over psBN without them',
+        'psBN x 20 over BN x 20',
+        'BN x 20',
+    ),
+    Source(
+        'finetuning',
+        'Faster R-CNN, finetuned on photographs',
+        'whole over without the recovered filters',
+        'psBN with recovery over BN',
+    ),
+    Source(
+        'cifar',
+        'CIFAR-10, {}',
+        'what the filters are worth: psBN with recovery over the same without them',
+        'psBN with recovery over BN',
+        factor=1,
+    ),
+)
 
 
 def rows_of(content: dict) -> list[dict]:
@@ -24,39 +60,29 @@ def rows_of(content: dict) -> list[dict]:
 def gather() -> list[dict]:
     """Worth and gain in each network, in points of AP or accuracy, and what BN loses there."""
     found = []
-    for name, title, bn, factor in (
-        ('decay', 'the demo, decay x 20', 'BN x 20', 100),
-        ('cifar', 'CIFAR-10, {}', 'BN', 1),
-    ):
-        path = RESULTS / f'{name}.json'
-        result = json.loads(path.read_text()) if path.is_file() else None
-        contrasts = rows_of(result['contrasts']) if result else []
-        for row in contrasts:
-            before, is_worth, _ = row['contrast'].partition(WORTH)
-            if not is_worth:
+    for source in SOURCES:
+        path = RESULTS / f'{source.result}.json'
+        if not path.is_file():
+            continue
+        result = json.loads(path.read_text())
+        contrasts = {row['contrast']: row for row in rows_of(result['contrasts'])}
+        for name in contrasts:
+            if not name.endswith(source.worth):
                 continue
-            (gain,) = (c for c in contrasts if c['contrast'] in {before + gain for gain in GAINS})
+            before = name.removesuffix(source.worth)  # of the network, where a result has several
             network = before.removesuffix(': ')
-            (cell,) = (
-                cell
+            (lost,) = (
+                cell['collapsed']
                 for cell in rows_of(result['cells'])
-                if cell['arm'] == bn
+                if cell['arm'] == source.bn
                 and network in ('', f'{cell.get("network")}, {cell.get("regime")}')
             )
-            for kind, contrast in (('worth', row), ('gain', gain)):
-                scaled = {
-                    key: None if contrast[key] is None else factor * contrast[key]
-                    for key in ('mean', 'low', 'high', 'detectable')
-                }
-                found.append(
-                    {
-                        'network': title.format(network),
-                        'kind': kind,
-                        'lost': cell['collapsed'],
-                        **contrast,
-                        **scaled,
-                    }
-                )
+            for kind, end in (('worth', source.worth), ('gain', source.gain)):
+                row = dict(contrasts[before + end])
+                for key in ('mean', 'low', 'high', 'detectable'):
+                    row[key] = None if row[key] is None else source.factor * row[key]
+                title = source.network.format(network)
+                found.append({'network': title, 'kind': kind, 'lost': lost, **row, 'contrast': end})
     return found
 
 
@@ -65,16 +91,13 @@ def main() -> None:
     experiment = Experiment('costs', __doc__)
     rows = gather()
     if not rows:
-        print('costs: neither decay.json nor cifar.json has what the filters are worth: skipped')
+        print('costs: no result has what the filters are worth: skipped')
         return
     experiment.write(networks=table(rows))
     experiment.save(draw(rows))
     experiment.tell(
         contrasts_table(
-            [
-                {**row, 'contrast': f'{row["network"]}: {row["contrast"].rpartition(": ")[2]}'}
-                for row in rows
-            ],
+            [{**row, 'contrast': f'{row["network"]}: {row["contrast"]}'} for row in rows],
             'points',
         )
     )
