@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -154,6 +155,11 @@ def write_content(content: Any, path: str | os.PathLike) -> None:
                 save_file(_apart(content), part, getattr(content, 'metadata', None))
             else:
                 torch.save(content, part)
+                if not is_zipfile(part):  # torch 2.1 does not look whether the disk was full
+                    raise CheckpointError(
+                        f'{path} cannot be written (only its beginning was): make room or give '
+                        'another place'
+                    )
     except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
         raise CheckpointError(
             f'{path} cannot be written ({error}): make room or give another place'

@@ -47,13 +47,14 @@ def courses(
         epoch_length (int, optional): Iterations in an epoch; None if the training has none.
 
     Returns:
-        dict[nn.Parameter, Course | None]: Of those that the optimiser has; None where it is not
-        known how the optimiser decays.
+        dict[nn.Parameter, Course | None]: Of those that the optimiser has and that are trained;
+        None where it is not known how the optimiser decays.
     """
     groups = wrapper.optimizer.param_groups
     kinds: dict[tuple, int] = {}  # by settings, the first group that has them
     kind_of: dict[nn.Parameter, tuple] = {}
-    wanted = set(params)
+    # Older MMEngines give the optimiser frozen parameters, too, of which it takes no step.
+    wanted = {param for param in params if param.requires_grad}
     for number, group in enumerate(groups):
         own = wanted & set(group['params'])
         if own:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from small_run import Classifier, channels_of, records_of, run, texts
 from torch import nn
@@ -230,6 +231,13 @@ def test_a_resumed_run_forecasts_what_is_left(tmp_path):
     assert hook.forecast.begin == 24 and hook.forecast.iterations == 36
     first = next(hook for hook in whole.hooks if isinstance(hook, KeepForecast))
     assert np.allclose(next(iter(hook.courses.values())).lr, first.rates[24:])
+
+
+def test_a_frozen_parameter_has_no_course_though_the_optimiser_has_it():
+    trained, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
+    optimizer = torch.optim.SGD([trained, frozen], lr=0.1, weight_decay=0.1)
+    found = courses(OptimWrapper(optimizer), [], [trained, frozen], 4, None)
+    assert list(found) == [trained]
 
 
 def test_what_stands_in_the_formula():

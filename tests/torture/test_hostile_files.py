@@ -405,7 +405,8 @@ class Call:
 
 
 def array(*shape):
-    return Call(np._core.multiarray._reconstruct, np.ndarray, shape, b'b')
+    core = getattr(np, '_core', None) or np.core  # NumPy 2, and 1
+    return Call(core.multiarray._reconstruct, np.ndarray, shape, b'b')
 
 
 def plain(**more) -> dict:
@@ -516,7 +517,10 @@ def test_entries_that_are_no_plain_numbers(tmp_path):
     ):
         count()
         saved(path, gigabytes_of(entry))
-        assert 'a.pth has only BN that cannot be audited' in tool(audit.main, path)
+        said = tool(audit.main, path)
+        if getattr(entry, 'is_quantized', False) and 'is not loaded since' in said:
+            continue  # torch 2.1 refuses it by itself
+        assert 'a.pth has only BN that cannot be audited' in said
     saved(path, state_dict() | {'1.beta': torch.ones(4), '1.shift': torch.ones(3)})
     assert 'a.pth has only BN that cannot be audited' in tool(audit.main, path)
 
