@@ -361,7 +361,7 @@ def draw(cells: list[dict]) -> Figure:
         ax.set_xlabel('collapsed filters at the end')
         ax.grid(alpha=0.3, lw=0.5)
     axes[0].set_ylabel('accuracy, % (mean, 95 % CI)')
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc='outside lower center', ncols=5)
     figure.suptitle('CIFAR-10, a quarter of the images, from scratch')
     return figure
 
