@@ -262,7 +262,9 @@ def test_a_layer_with_statistics_of_any_kind_is_audited(tmp_path, statistics):
     torch.save(state_dict, tmp_path / 'a.pth')
     found, error = attempt(audit.make_audit, options(tmp_path / 'a.pth'))
     if error:
-        words = ('cannot be audited', 'no BN or psBN layer', 'bytes, but only', '_rebuild_qtensor')
+        words = ['cannot be audited', 'no BN or psBN layer', 'bytes, but only']
+        if torch.__version__.startswith('2.1.'):  # which refuses quantised tensors by itself
+            words.append('_rebuild_qtensor')
         assert any(text in error for text in words), error
     else:
         assert not found.census.layers[0].unstarted.any()
