@@ -177,11 +177,13 @@ def test_ctrl_c_at_any_moment_leaves_a_whole_page_or_none(tmp_path):
     record.parent.mkdir(parents=True)
     record.write_bytes(DATA)
     command = [sys.executable, str(ROOT / 'tools/report.py'), 'run', '--follow', '1']
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Shells let what runs in the background ignore it.
+    options['preexec_fn'] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     moments = random.Random(0)
     for number in range(12):
         page.unlink(missing_ok=True)
-        with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        with subprocess.Popen(command, cwd=tmp_path, **options) as process:
             if number % 2:  # in the second page, else in the first
                 process.stdout.readline()
                 os.utime(record)
