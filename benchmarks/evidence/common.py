@@ -255,8 +255,10 @@ def mean_ci(values: Sequence[float]) -> list[float]:
     return [_short(v) for v in (mean, float(mean - half), float(mean + half))]
 
 
-def contrast(name: str, larger: dict[int, float], smaller: dict[int, float]) -> dict:
+def contrast(name: str, larger: Mapping[Any, float], smaller: Mapping[Any, float]) -> dict:
     """The difference of two arms, paired by the seeds that both have, and what follows from it.
+
+    Where several settings are taken together, their scores are keyed by setting and seed.
 
     ``detectable`` is the true difference that such a comparison finds 4 times in 5: (t(0.975) +
     t(0.8)) standard errors.
@@ -293,7 +295,9 @@ def cell_of(
 
 
 def contrasts_of(
-    scores: Mapping[str, dict[int, float]], pairs: Mapping[str, tuple[str, str]], before: str = ''
+    scores: Mapping[str, Mapping[Any, float]],
+    pairs: Mapping[str, tuple[str, str]],
+    before: str = '',
 ) -> list[dict]:
     """The contrasts of those pairs of arms that both were run, named with ``before`` in front."""
     return [
@@ -312,7 +316,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 def contrasts_table(contrasts: Sequence[dict], unit: str) -> str:
     """What :func:`contrast` found, as Markdown."""
     return markdown_table(
-        ['', 'seeds', f'{unit}, difference', '95 % interval', 'found 4 times in 5', 'verdict'],
+        ['', 'pairs', f'{unit}, difference', '95 % interval', 'found 4 times in 5', 'verdict'],
         [
             [c['contrast'], c['seeds'], f'{c["mean"]:+.3f}']
             + (

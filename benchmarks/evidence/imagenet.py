@@ -157,8 +157,9 @@ def name_of(times: int, norm_eval: bool) -> str:
 
 
 def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The arms' means in each setting, and their contrasts."""
+    """The arms' means in each setting, and their contrasts, at last those of all settings."""
     cells, contrasts = [], []
+    of_all: dict[str, dict] = {}
     for times, norm_eval in dict.fromkeys((row['times'], row['norm_eval']) for row in rows):
         scores = {}
         setting = name_of(times, norm_eval)
@@ -172,8 +173,11 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
                 counts = ('collapsed_first', 'collapsed', 'trapped', 'new', 'revived')
                 cell, scores[arm] = cell_of(mine, 'AP', counts)
                 cells.append({'setting': setting, 'arm': arm, **cell})
+                of_all.setdefault(arm, {}).update(
+                    {(setting, seed): score for seed, score in scores[arm].items()}
+                )
         contrasts += contrasts_of(scores, CONTRASTS, f'{setting}: ')
-    return cells, contrasts
+    return cells, contrasts + contrasts_of(of_all, CONTRASTS, 'all settings: ')
 
 
 def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:
