@@ -76,7 +76,7 @@ GOING_ON = ((0.1, 5e-3), (0.1, 5e-4), (0.1, 0.0), (0.03, 5e-3))  # lr, weight de
 
 
 class Arrivals(GradientWatch):
-    """Looks at every step by itself: the step at which a gradient first reached each channel."""
+    """Looks at every step: that at which a gradient first reached each channel."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, norms: dict) -> None:
         super().__init__([optimizer], norms)
@@ -84,10 +84,9 @@ class Arrivals(GradientWatch):
 
     def look(self, step: int) -> None:
         """After an optimiser's step."""
-        for name, reached in self.reached(self.now).items():
+        for name, reached in self.reached().items():
             first = self.first[name]
             first[reached & (first < 0)] = step
-        self.now += 1
 
 
 class Reach:

@@ -7,8 +7,8 @@ Four facts are told apart, each per BN channel with its gamma and the bias b tha
 - *dead*: ``b + k * |gamma| <= 0``, predicted from the parameters of a BN whose output goes
   straight into a rectifier. With xhat ~ N(0, 1) and k = 3 the rectifier then passes something for
   at most Phi(-3) = 0.135 % of the inputs.
-- *trapped*: no gradient reached gamma nor beta in any step of an observation window. Measured in
-  training (see :mod:`.gradients`), exact for any activation, wherever it stands.
+- *trapped*: no gradient reached gamma nor beta in a window of steps in which one reached the layer.
+  Measured in training (see :mod:`.gradients`), exact for any activation, wherever it stands.
 - *broken*: gamma or b is not a finite number.
 
 *Collapsed* is vanished, dead, trapped or broken, as far as each is known for the layer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -27,18 +27,20 @@ class GradientWatch:
     Args:
         optimizers (Sequence[Optimizer]): All optimisers of the training.
         norms (Mapping[str, _BatchNorm]): BN and psBN layers by name.
+        now (int): The time at the start, such as the number of the first iteration. Defaults to 0.
 
     Attributes:
         active (bool): Whether steps are looked at. Set it to False to skip some. Defaults to
             True.
-        now (int): The time that is noted, such as the number of the iteration, 0 or more.
-            Defaults to 0.
+        now (int): The time of the step that comes.
         failure (Exception, optional): What ended the watching.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], norms: Mapping[str, _BatchNorm]) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], norms: Mapping[str, _BatchNorm], now: int = 0
+    ) -> None:
         self.active = True
-        self.now = 0
+        self.now = now
         self.failure: Exception | None = None
         layer_of = {
             param: name
@@ -52,7 +54,7 @@ class GradientWatch:
             params = [p for group in optimizer.param_groups for p in group['params']]
             params = [p for p in params if p in layer_of]
             groups = [
-                _ParamGroup([p for p in params if p.device == device], layer_of)
+                _ParamGroup([p for p in params if p.device == device], layer_of, now)
                 for device in dict.fromkeys(p.device for p in params)
             ]
             if groups:
@@ -77,26 +79,40 @@ class GradientWatch:
         """Number of optimiser steps seen, of the optimiser that made most."""
         return max((group.steps for group in self._groups), default=0)
 
-    def trapped(self, since: int = 0) -> dict[str, np.ndarray]:
+    def trapped(self, window: int | None = None) -> dict[str, np.ndarray]:
         """Channels that no gradient has reached in a window.
 
+        A step in which no gradient reaches any channel of a layer tells nothing of them: there is
+        no positive sample in a head, say, or what comes after the layer is closed. So the window
+        of each layer is made of the steps in which some gradient reached it.
+
         Args:
-            since (int): The window is from this time, see ``now``, on. Defaults to 0.
+            window (int, optional): In the unit of ``now``. Defaults to None: all that was watched.
 
         Returns:
             dict[str, np.ndarray]: Bool masks of shape (C,) by layer. A layer is absent if it was
-            not observed: no step was made, or none in which it had gradients (it is frozen, or
-            no part of the graph).
+            not observed: its window is not full, or no gradient reached it in the last ``window``
+            (no step was made, it is frozen, or no part of the graph).
         """
-        return {name: ~mask for name, mask in self.reached(since).items()}
+        trapped: dict[str, np.ndarray] = {}
+        for group in self._groups:
+            for name, mask in group.trapped(window, self.now):
+                trapped[name] = trapped[name] & mask if name in trapped else mask
+        return trapped
 
-    def reached(self, since: int = 0) -> dict[str, np.ndarray]:
-        """Channels that a gradient has reached in a window; as :meth:`trapped`."""
+    def reached(self) -> dict[str, np.ndarray]:
+        """Channels that a gradient has reached so far, (C,) by layer, where it has any."""
         reached: dict[str, np.ndarray] = {}
         for group in self._groups:
-            for name, mask in group.reached(since):
+            for name, mask in group.reached():
                 reached[name] = reached[name] | mask if name in reached else mask
         return reached
+
+    def idle(self, window: int) -> set[str]:
+        """Layers of the optimisers that no gradient has reached in the last ``window``."""
+        names = {name for group in self._groups for name in group.layers}
+        since = self.now - window + 1
+        return names - {name for group in self._groups for name in group.active_since(since)}
 
     def close(self) -> None:
         """Detach from the optimisers."""
@@ -124,14 +140,27 @@ _RUNS_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__  # what torch w
 
 
 class _ParamGroup:
-    """The gammas and betas of one optimiser on one device, flattened into one vector."""
+    """The gammas and betas of one optimiser on one device, flattened into one vector.
 
-    def __init__(self, params: list[nn.Parameter], layer_of: Mapping[nn.Parameter, str]) -> None:
+    Each layer has a clock, which stands still in steps in which no gradient reaches the layer.
+    """
+
+    def __init__(
+        self, params: list[nn.Parameter], layer_of: Mapping[nn.Parameter, str], now: int
+    ) -> None:
         self.params = params
-        self.layers = [layer_of[p] for p in params]
+        self.layers = list(dict.fromkeys(layer_of[p] for p in params))
         self.zeros = [torch.zeros_like(p, dtype=torch.float32) for p in params]
-        self.last: Tensor | None = None  # time of the last gradient, per element; -1: none yet
-        self.had_grad = [-1] * len(params)  # time of the last step with a gradient tensor
+        number = {name: i for i, name in enumerate(self.layers)}
+        self.numbers = [number[layer_of[p]] for p in params]
+        device = params[0].device
+        sizes = torch.tensor([p.numel() for p in params])
+        # The layer of each element, and when, by its clock, the last gradient came; -1: never.
+        self.layer = torch.tensor(self.numbers).repeat_interleave(sizes).to(device)
+        self.last = torch.full_like(self.layer, -1)
+        self.clock = torch.zeros(len(self.layers), dtype=torch.int64, device=device)
+        self.active = torch.full_like(self.clock, -1)  # time of each layer's last gradient
+        self.before = now - 1  # time of the last step
         self.calls = 0
         self.skipped: Tensor | float = 0.0  # stays on the device
 
@@ -145,22 +174,39 @@ class _ParamGroup:
         if all(grad is None for grad in grads):
             return
         self.calls += 1
-        self.had_grad = [old if g is None else now for old, g in zip(self.had_grad, grads)]
         flat = torch.cat([z if g is None else g.float() for z, g in zip(self.zeros, grads)])
         reached = flat != 0
         if found_inf is not None:  # a fused optimiser, which skips the step by itself
             skips = found_inf.to(flat.device) != 0
             self.skipped = self.skipped + skips
             reached = reached & ~skips
-        if self.last is None:
-            self.last = torch.full_like(flat, -1, dtype=torch.int64)
-        self.last.masked_fill_(reached, now)
+        active = torch.zeros_like(self.clock).index_add_(0, self.layer, reached.long()) > 0
+        self.clock += active * (now - self.before)
+        self.active.masked_fill_(active, now)
+        self.last = torch.where(reached, self.clock.index_select(0, self.layer), self.last)
+        self.before = now
 
-    def reached(self, since: int) -> Iterator[tuple[str, np.ndarray]]:
-        if self.last is None or self.steps == 0:
+    def active_since(self, since: int) -> list[str]:
+        return [name for name, at in zip(self.layers, self.active.tolist()) if at >= max(since, 0)]
+
+    def reached(self) -> Iterator[tuple[str, np.ndarray]]:
+        yield from self._by_layer(self.last >= 0, self.active_since(0))
+
+    def trapped(self, window: int | None, now: int) -> Iterator[tuple[str, np.ndarray]]:
+        if window is None:
+            yield from self._by_layer(self.last < 0, self.active_since(0))
             return
-        reached = (self.last >= max(since, 0)).cpu().numpy()
+        # The time since the last step is part of the window, as when gradients accumulate.
+        clock = self.clock + (self.active == self.before) * (now - self.before)
+        age = clock.index_select(0, self.layer) - self.last.clamp(min=0)
+        full = (clock >= window).tolist()
+        observed = set(self.active_since(now - window + 1))
+        observed &= {name for name, is_full in zip(self.layers, full) if is_full}
+        yield from self._by_layer(age >= window, observed)
+
+    def _by_layer(self, mask: Tensor, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """The parts of a mask: gamma's and beta's of each of these layers."""
         ends = np.cumsum([p.numel() for p in self.params])
-        for name, had_grad, mask in zip(self.layers, self.had_grad, np.split(reached, ends[:-1])):
-            if had_grad >= max(since, 0):
-                yield name, mask
+        for number, part in zip(self.numbers, np.split(mask.cpu().numpy(), ends[:-1])):
+            if self.layers[number] in names:
+                yield self.layers[number], part

@@ -65,9 +65,9 @@ class CollapseHook(Hook):
         k (float): A filter is dead if its rectifier opens only beyond k standard deviations.
             Defaults to 3.
         window (int, optional): Iterations, at least 1, in whose optimiser steps no gradient may
-            have reached a filter that is called trapped. Trapped filters are counted from the
-            iteration on at which it is full. None for ``interval``, but at least 50. Defaults to
-            None.
+            have reached a filter that is called trapped. Steps in which none reaches its layer
+            are left out. Trapped filters are counted from the iteration on at which it is full.
+            None for ``interval``, but at least 50. Defaults to None.
         scalars (Sequence[str]): Which counts stand in the log line; the record has all. *new* is
             left out since it follows from the others: it is the growth of *collapsed* plus
             *revived*. *broken* is in the line whenever it is not 0.
@@ -180,12 +180,13 @@ class CollapseHook(Hook):
     def _start(
         self, runner: Runner, norms: Mapping[str, _BatchNorm], optimizers: Sequence[Optimizer]
     ) -> None:
-        self._watch = GradientWatch(optimizers, norms)
         self._begin = runner.iter
+        self._watch = GradientWatch(optimizers, norms, self._begin)
         self._steps = 0  # at the last report
         self._rectifiers: dict[str, str] = {}
         self._table = EpochTable()
         self._told: set[str] = set()  # layers of which a warning has told
+        self._idle: set[str] = set()  # likewise, of those without any gradient
         self._names: set[str] = set()
         start = self._census()
         self._names = {layer.name for layer in start.layers}
@@ -263,9 +264,8 @@ class CollapseHook(Hook):
     def _report(self, runner: Runner, watch: GradientWatch) -> None:
         if self._trace is not None:
             self._rectifiers = self._trace.rectifiers
-        since = runner.iter - self.window + 1
         steps, self._steps = watch.steps - self._steps, watch.steps
-        trapped = watch.trapped(since) if steps and since >= self._begin else {}
+        trapped = watch.trapped(self.window) if steps else {}
         now = self._census()
         recovery = _recovery_hook(runner)
         recovered = None if recovery is None else recovery.take_opened()
@@ -273,6 +273,8 @@ class CollapseHook(Hook):
         report = self._history.add(now, self._rectifiers, trapped, reached, recovered)
         log_scalars(runner.message_hub, report, self.scalars, self.by_stage)
         self._warn(runner, report, steps)
+        if steps and runner.iter + 1 - self._begin >= self.window:
+            self._warn_of_idle(runner, report, watch.idle(self.window))
         self._table.add(runner.iter + 1, report)
         remember_unstarted(runner.message_hub, self._history.unstarted)
         self._parts.run('records', self._journal.write, runner, report, steps)
@@ -299,6 +301,18 @@ class CollapseHook(Hook):
             runner.logger.warning(
                 'CollapseHook: layers that were added during the training are not counted: '
                 f'{", ".join(sorted(added))}.'
+            )
+
+    def _warn_of_idle(self, runner: Runner, report: Report, idle: set[str]) -> None:
+        trained = [layer.name for layer in report.census.layers if not layer.frozen]
+        new = [name for name in trained if name in idle - self._idle]
+        self._idle |= idle
+        if new:
+            runner.logger.warning(
+                f'CollapseHook: trapped filters are not observed in {len(new)} layers, such as '
+                f'{new[0]}, of which no filter got a gradient in the last {self.window} '
+                'iterations: a head without positive samples gets none, nor what is no part of '
+                'the loss or stands before a layer that is closed as a whole.'
             )
 
     def _keep_snapshot(self, runner: Runner) -> None:

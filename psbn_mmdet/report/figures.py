@@ -350,8 +350,8 @@ FIGURES = {  # by the names of their files, in the order of the page
         counts,
         'Over time',
         'Collapsed filters are vanished, dead, trapped or broken (gamma or bias is not a finite '
-        'number). Trapped ones got no gradient in any step of the window before the report; a gap '
-        'means that this was not observed.',
+        'number). Trapped ones got no gradient in the window before the report, in which others '
+        'of their layer did; a gap means that this was not observed.',
     ),
     'heat_map': Entry(
         heat_map,

@@ -56,14 +56,15 @@ def test_a_window_without_a_step_is_not_observed():
     assert watch.trapped() == {} and watch.steps == 0
     optimizer.step()
     assert watch.trapped() and watch.steps == 1
+    assert watch.trapped(window=1) and not watch.idle(window=1)
     watch.now = 1
-    assert watch.trapped(since=1) == {}
+    assert watch.trapped(window=1) == {} and watch.idle(window=1) == {'1', '4'}
     watch.active = False
     optimizer.step()
-    assert watch.trapped(since=1) == {} and watch.steps == 1
+    assert watch.trapped(window=1) == {} and watch.steps == 1
     watch.active = True
     optimizer.step()
-    assert watch.trapped(since=1) and watch.steps == 2
+    assert watch.trapped(window=1) and watch.steps == 2 and not watch.idle(window=1)
 
 
 def test_one_step_with_gradient_is_enough():
@@ -91,13 +92,42 @@ def test_a_window_forgets_what_was_before_it():
             model[4].weight.grad[3] = model[4].bias.grad[3] = 0
         optimizer.step()
 
-    def trapped(since):
-        return {n: mask.nonzero()[0].tolist() for n, mask in watch.trapped(since).items()}
+    def trapped(window):
+        return {n: mask.nonzero()[0].tolist() for n, mask in watch.trapped(window).items()}
 
-    assert trapped(0) == trapped(1) == {'1': TRAPPED, '4': []}
-    assert trapped(2) == trapped(3) == {'1': TRAPPED, '4': [3]}
-    assert trapped(4) == {}
+    assert trapped(4) == trapped(3) == {'1': TRAPPED, '4': []}
+    assert trapped(2) == trapped(1) == {'1': TRAPPED, '4': [3]}
+    assert trapped(5) == {}  # not full
     assert watch.reached()['4'].all() and not watch.reached()['1'][TRAPPED].any()
+
+
+@pytest.mark.parametrize('begin', [0, 1000])
+def test_steps_in_which_a_layer_gets_no_gradient_tell_nothing_of_its_filters(begin):
+    """A head of SSD is trained by the images alone that have objects of its size."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1].weight.requires_grad_(False)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0)
+    watch = GradientWatch([optimizer], find_norms(model), begin)
+    seen = {}
+    for watch.now in range(begin, begin + 40):
+        step = watch.now - begin
+        model[0].weight.grad = torch.tensor([1.0, 0.0, 1.0, 1.0])
+        model[0].bias.grad = torch.zeros(4)
+        rare = [float(step % 10 == 3), float(step == 3), 0.0, 0.0]
+        model[1].bias.grad = torch.tensor(rare)
+        optimizer.step()
+        seen[step] = {n: mask.nonzero()[0].tolist() for n, mask in watch.trapped(3).items()}
+    assert seen[1] == {} and all(seen[step]['0'] == [1] for step in range(2, 40))
+    # Its window of 3 is full with the steps 3, 13 and 23; in the last, filter 1 got none for 2.
+    assert [(step, found['1']) for step, found in seen.items() if '1' in found] == [
+        *((step, [2, 3]) for step in (23, 24, 25)),
+        *((step, [1, 2, 3]) for step in (33, 34, 35)),
+    ]
+    assert watch.idle(7) == set() and watch.idle(6) == {'1'}
+    assert {name: mask.tolist() for name, mask in watch.reached().items()} == {
+        '0': [True, False, True, True],
+        '1': [True, True, False, False],
+    }
 
 
 def test_what_fails_in_reading_ends_the_watching_and_not_the_step():
@@ -138,8 +168,7 @@ def test_layers_outside_the_graph_are_not_observed():
             model['used'](images()).sum().backward()
         optimizer.step()
     assert trapped_channels(watch) == {'used.1': TRAPPED, 'used.4': []}
-    assert watch.trapped(-1).keys() == {'used.1', 'used.4'}
-    assert watch.trapped(-1)['used.1'].nonzero()[0].tolist() == TRAPPED
+    assert watch.idle(1) == {'unused'}
 
 
 def test_frozen_layers_are_not_observed_and_partly_frozen_ones_are():
@@ -157,13 +186,16 @@ def test_gradient_accumulation_is_seen_as_one_step():
     model = network()
     wrapper = OptimWrapper(SGD(model.parameters(), lr=1e-3), accumulative_counts=4)
     watch = GradientWatch([wrapper.optimizer], find_norms(model))
-    wrapper.initialize_count_status(model, 0, 8)
+    wrapper.initialize_count_status(model, 0, 12)
     for step in range(3):
+        watch.now = step
         wrapper.update_params(model(images(step)).sum())
     assert watch.trapped() == {}
-    for step in range(3, 8):
-        wrapper.update_params(model(images(step)).sum())
+    for watch.now in range(3, 10):
+        wrapper.update_params(model(images(watch.now)).sum())
     assert watch.steps == 2
+    # What was accumulated since the step is part of the window.
+    assert watch.trapped(10) and not watch.trapped(11)
     assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
 
 
@@ -201,7 +233,7 @@ def test_loss_scaling_and_skipped_steps(fused):
     assert watch.steps == 1
     watch.now = 1
     step(float('inf'))  # what it had is no gradient that reached a filter
-    assert watch.steps == 1 and not any(mask.any() for mask in watch.reached(since=1).values())
+    assert watch.steps == 1 and watch.idle(1) == {'1', '4'}
 
 
 @pytest.mark.skipif(

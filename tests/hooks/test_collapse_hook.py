@@ -473,6 +473,45 @@ def test_what_was_trapped_stays_so_in_layers_without_a_step(tmp_path):
     assert all(r['total']['revived'] == 0 for r in records.reports)
 
 
+@pytest.mark.parametrize('positive', [(), (1, 6, 9, 14, 19)])
+def test_a_head_with_few_positive_samples_is_healthy(tmp_path, positive):
+    """In most steps its filters get no gradient, and in the others each second one."""
+
+    class Detector(Classifier):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.boxes = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.boxes[1].bias.data[2] = -9  # closed
+
+        def train_step(self, data, optim_wrapper):
+            features = self.boxes(self.stem(torch.stack(data['images'])))
+            chosen = torch.zeros(8)
+            if self.calls in positive:
+                chosen[positive.index(self.calls) % 2 :: 2] = 1
+            losses = self(**data, mode='loss')
+            losses['loss'] = losses['loss'] + (features * chosen[:, None, None]).mean()
+            self.calls += 1
+            optim_wrapper.update_params(losses['loss'])
+            return losses
+
+    records = records_of(run(tmp_path, Detector()))
+    trapped = [
+        channels_of(records, report, 'trapped').get('boxes.1', []) for report in records.reports
+    ]
+    known = [report['layers']['trapped'][2] is not None for report in records.reports]
+    if positive:  # the window of 4 steps is full with the fourth
+        assert known == [False, False, False, True, True, False]
+        assert trapped[3] == trapped[4] == [2]
+    else:
+        assert not any(known)
+    for report in records.reports:
+        assert channels_of(records, report, 'collapsed') == {**KILLED, 'boxes.1': [2]}  # it is dead
+    (warning,) = [x for x in texts(tmp_path).splitlines() if 'not observed in' in x]
+    assert 'not observed in 1 layers, such as boxes.1, of which no filter got a gradient' in warning
+
+
 def test_a_count_that_is_no_longer_known_is_not_repeated_in_the_log(tmp_path):
     class Stopping(Classifier):
         calls = 0
