@@ -92,11 +92,13 @@ CONTRASTS = {
     ),
     'what the filters are worth: psBN over psBN without them': ('psBN x 20', WITHOUT),
     'recovery: psBN x 20 with it over psBN x 20': ('psBN x 20, recovery', 'psBN x 20'),
+    'psBN x 0 over BN x 0': ('psBN x 0', 'BN x 0'),
+    'psBN x 1 over BN x 1': ('psBN', 'BN'),
     'psBN x 5 over BN x 5': ('psBN x 5', 'BN x 5'),
     'psBN x 50 over BN x 50': ('psBN x 50', 'BN x 50'),
     'recovery: psBN x 50 with it over psBN x 50': ('psBN x 50, recovery', 'psBN x 50'),
+    'what most filters are worth: BN x 50 over BN x 1': ('BN x 50', 'BN'),
 }
-
 
 DECAYS = (0, 1, 5, 20, 50)
 LINES = {
