@@ -197,6 +197,9 @@ def test_a_script_goes_on_from_a_copy_of_the_kept_runs(tmp_path, monkeypatch):
         experiment.write()
     assert done == [2]
     assert len(kept.read_text().splitlines()) == 3
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--finished'])
+    runs = common.Experiment('x', 'An x.').run([{'seed': i} for i in (1, 3)], None)
+    assert [setting for setting, _ in runs] == [{'seed': 1}]
 
 
 @pytest.fixture(scope='module')

@@ -59,6 +59,9 @@ class Experiment:
         parser = argparse.ArgumentParser(description=(description or '').split('\n')[0])
         parser.add_argument('--quick', action='store_true', help='a smoke run of seconds')
         parser.add_argument('--work-dir', type=Path, help='where finished runs are kept')
+        parser.add_argument(
+            '--finished', action='store_true', help='run nothing, write what has been run'
+        )
         for flag, default, text in options:
             parser.add_argument(flag, default=default, help=f'{text} (default: {default})')
         self.args = parser.parse_args()
@@ -86,6 +89,8 @@ class Experiment:
         """
         path = self.work_dir / f'{self.name}.jsonl'
         done = read_finished(path)
+        if self.args.finished:
+            settings = [setting for setting in settings if key_of(setting) in done]
         missing = [setting for setting in settings if key_of(setting) not in done]
         with path.open('a') as file:
             if path.stat().st_size and not path.read_text().endswith('\n'):
