@@ -16,8 +16,8 @@ class WriteError(OSError):
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file beside ``path``, and put it in the place of ``path`` once it is whole.
 
-    Folders that are missing are made. If the block fails ``path`` stays as it was, and nothing is
-    left of the new file.
+    Folders that are missing are made, links are followed. If the block fails ``path`` stays as it
+    was, and nothing is left of the new file.
 
     Args:
         path (str | PathLike): The file to write or to replace.
@@ -26,7 +26,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         Path: Where to write to.
 
     Raises:
-        WriteError: If the file cannot be written, such as on a full disk.
+        WriteError: If the file cannot be written, such as on a full disk, or is a pipe, a device or
+            a folder.
 
     Examples:
         >>> import tempfile
@@ -37,7 +38,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         >>> out.read_text()
         'whole'
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise WriteError(f'{path} is no regular file: give another place')
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

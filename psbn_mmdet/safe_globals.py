@@ -73,16 +73,30 @@ def load_plain(path: str | os.PathLike) -> Any:
 
 
 def archived(file: Any) -> list[zipfile.ZipInfo]:
-    """The parts of a zip file, such as torch writes; none where it is no zip file."""
+    """The parts of a zip file, such as torch writes; none where it is no zip file.
+
+    Raises:
+        zipfile.BadZipFile: If it is one, by what torch goes by, but its parts cannot be known.
+    """
     begin = file.tell() if hasattr(file, 'tell') else None
     try:
         if not zipfile.is_zipfile(file):
+            if _head(file) == b'PK\x03\x04':
+                raise zipfile.BadZipFile('its end is damaged')
             return []
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
     finally:
         if begin is not None:
             file.seek(begin)
+
+
+def _head(file: Any) -> bytes:
+    if hasattr(file, 'tell'):
+        file.seek(0)
+        return file.read(4)
+    with open(file, 'rb') as opened:
+        return opened.read(4)
 
 
 def is_torchscript(parts: list[zipfile.ZipInfo]) -> bool:

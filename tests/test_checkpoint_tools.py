@@ -41,6 +41,7 @@ def run(script: str, *arguments: object, cwd: Path) -> SimpleNamespace:
         patch.chdir(cwd)
         patch.setattr(sys, 'argv', [script, *map(str, arguments)])
         patch.setattr(sys, 'path', list(sys.path))
+        patch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')  # which the script sets, for good
         spec.loader.exec_module(module)
         code = module.main()
     return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
@@ -252,3 +253,45 @@ def test_a_conversion_that_cannot_be_done_writes_nothing(folder, arguments, word
     assert sentence.startswith('convert_checkpoint: ') and words in sentence
     assert (folder / 'well.pth').read_bytes() == before
     assert not list(folder.glob('a.pth*'))
+
+
+def test_no_pickle_runs_in_what_a_config_s_model_loads(tmp_path, bomb):
+    """Such as the teachers of LD and LAD."""
+    torch.save(dict(state_dict=bomb), tmp_path / 'teacher.pth')
+    bn = {f'bn.{name}': value for name, value in nn.BatchNorm2d(4).state_dict().items()}
+    torch.save(bn, tmp_path / 'good.pth')
+    (tmp_path / 'taught.py').write_text("""
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint
+from torch import nn
+
+
+@MODELS.register_module()
+class Taught(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+        load_checkpoint(self, 'teacher.pth', map_location='cpu')
+""")
+    (tmp_path / 'config.py').write_text("""
+default_scope = 'mmengine'
+custom_imports = dict(imports=['taught'])
+model = dict(type='Taught')
+""")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+    revive = ['out.pth', '--to', 'psbn', '--revive', 'collapsed']
+    for command in (
+        [str(ROOT / 'tools/audit.py'), 'good.pth'],
+        [str(ROOT / 'tools/convert_checkpoint.py'), 'good.pth', *revive],
+        ['-m', 'psbn_mmdet', 'audit', 'good.pth'],
+    ):
+        result = subprocess.run(
+            [sys.executable, *command, '--config', 'config.py'],
+            cwd=tmp_path,
+            env=environment | ({'PYTHONPATH': f'{tmp_path}:{ROOT}'} if '-m' in command else {}),
+            capture_output=True,
+            text=True,
+        )
+        assert not bomb.path.exists(), command
+        assert 'the model of config.py loads a file that may run any code' in result.stderr
+        assert 'Traceback' not in result.stderr

@@ -1,8 +1,12 @@
 """Look up the collapsed filters in a checkpoint, or what changed between two."""
 
+import os
 import sys
 from pathlib import Path
 
+# No pickle runs code, in files that the model of a config loads as it is built, either.
+os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from psbn_mmdet.commands.audit import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Collection
 
 import torch
@@ -49,8 +50,18 @@ def structure_of_config(cfg: Config, names: Collection[str]) -> Structure:
 
 
 def model_of_config(cfg: Config) -> nn.Module:
-    """Build a config's model, with random weights, for one process; the config is not changed."""
-    return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
+    """Build a config's model, with random weights, for one process; the config is not changed.
+
+    Raises:
+        CheckpointError: If it loads a file as it is built, and that would run code.
+    """
+    try:
+        return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f'the model of {cfg.filename} loads a file that may run any code: name another in the '
+            'config, or leave out the config'
+        ) from error
 
 
 def prefix_in_model(cfg: Config, model: nn.Module, names: Collection[str]) -> str:

@@ -109,10 +109,11 @@ class GradientWatch:
         return reached
 
     def idle(self, window: int) -> set[str]:
-        """Layers of the optimisers that no gradient has reached in the last ``window``."""
-        names = {name for group in self._groups for name in group.layers}
+        """Layers that no gradient has reached in the last ``window``, though there were steps."""
         since = self.now - window + 1
-        return names - {name for group in self._groups for name in group.active_since(since)}
+        groups = [group for group in self._groups if group.now >= since]
+        names = {name for group in groups for name in group.layers}
+        return names - {name for group in groups for name in group.active_since(since)}
 
     def close(self) -> None:
         """Detach from the optimisers."""
@@ -160,7 +161,7 @@ class _ParamGroup:
         self.last = torch.full_like(self.layer, -1)
         self.clock = torch.zeros(len(self.layers), dtype=torch.int64, device=device)
         self.active = torch.full_like(self.clock, -1)  # time of each layer's last gradient
-        self.before = now - 1  # time of the last step
+        self.now = self.before = now - 1  # time of the last step, and of the last before that time
         self.calls = 0
         self.skipped: Tensor | float = 0.0  # stays on the device
 
@@ -180,11 +181,13 @@ class _ParamGroup:
             skips = found_inf.to(flat.device) != 0
             self.skipped = self.skipped + skips
             reached = reached & ~skips
+        if now > self.now:
+            self.before, self.now = self.now, now
         active = torch.zeros_like(self.clock).index_add_(0, self.layer, reached.long()) > 0
-        self.clock += active * (now - self.before)
+        # Where there are several steps at a time the clock goes on by the first of the layer.
+        self.clock += (active & (self.active < now)) * (now - self.before)
         self.active.masked_fill_(active, now)
         self.last = torch.where(reached, self.clock.index_select(0, self.layer), self.last)
-        self.before = now
 
     def active_since(self, since: int) -> list[str]:
         return [name for name, at in zip(self.layers, self.active.tolist()) if at >= max(since, 0)]
@@ -197,7 +200,7 @@ class _ParamGroup:
             yield from self._by_layer(self.last < 0, self.active_since(0))
             return
         # The time since the last step is part of the window, as when gradients accumulate.
-        clock = self.clock + (self.active == self.before) * (now - self.before)
+        clock = self.clock + (self.active == self.now) * (now - self.now)
         age = clock.index_select(0, self.layer) - self.last.clamp(min=0)
         full = (clock >= window).tolist()
         observed = set(self.active_since(now - window + 1))

@@ -159,6 +159,8 @@ class Recovery:
         if [list(s['layers']) for s in state] != [g.names for g in self._groups]:
             raise ValueError('it is of other layers')
         for group, own in zip(self._groups, state):
+            group.check(own)
+        for group, own in zip(self._groups, state):
             group.load_state_dict(own)
 
     def close(self) -> None:
@@ -370,6 +372,15 @@ class _Group:
             'proof': [layer.proof.cpu() for layer in self.layers],
             'restored': [layer.restored.cpu() for layer in self.layers],
         }
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse another group's, before any of it is taken over."""
+        for kind in ('watched', 'proof', *(['restored'] if 'restored' in state else [])):
+            now = [getattr(layer, kind) for layer in self.layers]
+            if [(x.shape, x.dtype) for x in state[kind]] != [(x.shape, x.dtype) for x in now]:
+                raise ValueError('it is of other channels')
+        if not isinstance(state['calls'], int):
+            raise ValueError('it has no number of calls')
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._calls = state['calls']

@@ -309,10 +309,10 @@ class CollapseHook(Hook):
         self._idle |= idle
         if new:
             runner.logger.warning(
-                f'CollapseHook: trapped filters are not observed in {len(new)} layers, such as '
-                f'{new[0]}, of which no filter got a gradient in the last {self.window} '
-                'iterations: a head without positive samples gets none, nor what is no part of '
-                'the loss or stands before a layer that is closed as a whole.'
+                f'CollapseHook: trapped filters are not observed in {len(new)} layers, of which no '
+                f'filter got a gradient in the last {self.window} iterations: a head without '
+                'positive samples gets none, nor what is no part of the loss or stands before a '
+                f'layer that is closed as a whole: {", ".join(new)}.'
             )
 
     def _keep_snapshot(self, runner: Runner) -> None:
@@ -380,6 +380,6 @@ def _courses(runner: Runner, norms: Mapping[str, _BatchNorm]) -> dict[nn.Paramet
         schedulers: Any = runner.param_schedulers or []
         if isinstance(schedulers, dict):
             schedulers = schedulers.get(name, [])
-        iterations = runner.max_iters - runner.iter
+        iterations = max(runner.max_iters - runner.iter, 0)
         found.update(courses(wrapper, schedulers, params, iterations, length))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -93,7 +94,8 @@ def psbn_to_bn(network: ModuleOrStateDict) -> ModuleOrStateDict:
         dict for a state dict.
 
     Raises:
-        ValueError: If a layer is of a subclass of psBN, such as one with parametrisations.
+        ValueError: If a layer is of a subclass of psBN, such as one with parametrisations, or if a
+            shift of a state dict is not a finite number > 0.
     """
     tied = _Tied()
     if isinstance(network, nn.Module):
@@ -102,7 +104,13 @@ def psbn_to_bn(network: ModuleOrStateDict) -> ModuleOrStateDict:
     for name, kind in find_norm_states(network).items():
         if kind == 'psBN':
             beta, shift = entry_key(name, 'beta'), entry_key(name, 'shift')
-            bias = at_least_float32(network[beta]) + at_least_float32(network[shift])
+            value = network[shift]
+            if not value.is_meta and not 0 < float(value) < math.inf:
+                raise ValueError(
+                    f'{name or "psBN"}: shift is {float(value):g} in the state dict, not a finite '
+                    'number > 0: give another one'
+                )
+            bias = at_least_float32(network[beta]) + at_least_float32(value)
             if network[beta].is_floating_point():  # integers cannot hold a bias
                 bias = bias.to(network[beta].dtype)
             bias = tied(network[beta], bias.reshape(network[beta].shape))

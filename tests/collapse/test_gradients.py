@@ -58,13 +58,17 @@ def test_a_window_without_a_step_is_not_observed():
     assert watch.trapped() and watch.steps == 1
     assert watch.trapped(window=1) and not watch.idle(window=1)
     watch.now = 1
-    assert watch.trapped(window=1) == {} and watch.idle(window=1) == {'1', '4'}
+    assert watch.trapped(window=1) == {} and not watch.idle(window=1)
     watch.active = False
     optimizer.step()
     assert watch.trapped(window=1) == {} and watch.steps == 1
     watch.active = True
     optimizer.step()
-    assert watch.trapped(window=1) and watch.steps == 2 and not watch.idle(window=1)
+    assert watch.trapped(window=1) and watch.steps == 2
+    watch.now = 2
+    model[4].zero_grad()
+    optimizer.step()
+    assert watch.trapped(window=1).keys() == {'1'} and watch.idle(window=1) == {'4'}
 
 
 def test_one_step_with_gradient_is_enough():
@@ -99,6 +103,34 @@ def test_a_window_forgets_what_was_before_it():
     assert trapped(2) == trapped(1) == {'1': TRAPPED, '4': [3]}
     assert trapped(5) == {}  # not full
     assert watch.reached()['4'].all() and not watch.reached()['1'][TRAPPED].any()
+
+
+def test_of_several_steps_at_a_time_each_is_seen():
+    """As where a model trains its parts by steps of their own."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    optimizer = SGD(model.parameters(), lr=0)
+    watch = GradientWatch([optimizer], find_norms(model), 7)
+    for watch.now in range(7, 27):
+        for turn in (0, 1):
+            for layer, here in enumerate((turn == 1, turn == 0)):
+                for param in model[layer].parameters():
+                    param.grad = here * torch.tensor([1.0, 1.0, 1.0 - layer, 0.0])
+            optimizer.step()
+    assert {name: mask.tolist() for name, mask in watch.trapped(20).items()} == {
+        '0': [False, False, False, True],
+        '1': [False, False, True, True],
+    }
+    assert watch.trapped(21) == {}
+
+
+def test_a_window_without_a_step_is_no_lack_of_gradients():
+    model = network()
+    wrapper = OptimWrapper(SGD(model.parameters(), lr=1e-3), accumulative_counts=4)
+    watch = GradientWatch([wrapper.optimizer], find_norms(model))
+    wrapper.initialize_count_status(model, 0, 8)
+    for watch.now in range(6):
+        wrapper.update_params(model(images()).sum())
+    assert watch.idle(2) == set() and watch.idle(3) == set() and watch.trapped(2) == {}
 
 
 @pytest.mark.parametrize('begin', [0, 1000])
@@ -233,7 +265,7 @@ def test_loss_scaling_and_skipped_steps(fused):
     assert watch.steps == 1
     watch.now = 1
     step(float('inf'))  # what it had is no gradient that reached a filter
-    assert watch.steps == 1 and watch.idle(1) == {'1', '4'}
+    assert watch.steps == 1 and not watch.trapped(1)
 
 
 @pytest.mark.skipif(

@@ -113,13 +113,16 @@ def test_a_checkpoint_of_another_network_s_recovery_is_said_and_not_taken(tmp_pa
     path = tmp_path / 'epoch_1.pth'
     content = torch.load(path, weights_only=False)
     kept = content['psbn_recovery']
-    for state in (kept | {'channels': [{'layers': ['x']}]}, {}, 7):
+    (group,) = kept['channels']
+    short = [torch.zeros(3, dtype=torch.int32) for _ in group['proof']]
+    others = [dict(layers=['x']), group | dict(proof=short), group | dict(restored=short)]
+    for state in (*(kept | dict(channels=[other]) for other in others), {}, 7):
         content['psbn_recovery'] = state
         torch.save(content, path)
         time.sleep(1)
         assert trained(tmp_path, resume=True, epochs=2).iter == 24
         (tmp_path / 'last_checkpoint').write_text(str(path))
-    assert texts(tmp_path).count('what the checkpoint has of it is not taken over') == 3
+    assert texts(tmp_path).count('what the checkpoint has of it is not taken over') == 5
 
 
 def test_average_and_accumulation(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -349,3 +350,11 @@ def test_the_process_group_is_kept():
     norm = nn.SyncBatchNorm(4, process_group=group)
     psbn = bn_to_psbn(norm)
     assert psbn.process_group is group and psbn_to_bn(psbn).process_group is group
+
+
+@pytest.mark.parametrize('shift', [math.nan, math.inf, 0.0, -1.0])
+def test_a_shift_that_no_layer_has_is_not_converted(shift):
+    state = nn.Sequential(PostShiftedBatchNorm2d(3)).state_dict()
+    state['0.shift'] = torch.tensor(shift)
+    with pytest.raises(ValueError, match=r'0: shift is \S+ in the state dict, not a finite number'):
+        psbn_to_bn(state)

@@ -417,9 +417,17 @@ def gigabytes_of(entry, **more) -> dict:
     return dict(state_dict=state_dict() | {'1.weight': entry}, **more)
 
 
+def hidden(path: Path) -> None:
+    """Python looks for the end of an archive where torch does not."""
+    inflating(path, 'data/0', 2 * GB)
+    with path.open('ab') as file:
+        file.write(b'PK\x05\x06abcde')
+
+
 CLAIMS = {
     'pickle': lambda path: inflating(path, 'data.pkl', 2 * GB),
     'storage': lambda path: inflating(path, 'data/0', 2 * GB),
+    'storage that Python does not see': hidden,
     'tensors of terabytes': lambda path: spread(path, 10**12),
     'tensors of 10 GB': lambda path: spread(path, 2_500_000_000),
     'many tensors': many_spread,
