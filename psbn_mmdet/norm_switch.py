@@ -82,12 +82,12 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
     if other not in inside.values():
         found = Counter(inside.values())
         has = ', '.join(f'{n} {kind}' for kind, n in found.items()) or 'no norm at all'
-        where = f'in {scope} ' if scope else ''
+        where = '' if scope is None else f'in {scope or repr(scope)} '
         mend = 'leave out --norm'
-        if scope and not inside:
+        if scope is not None and not inside:
             mend = f'give one of {", ".join(_parts(before))} to --norm-scope'
         raise PreflightError(
-            f'--norm {norm}: there is no {other} {where}to replace (the model has {has}): {mend}'
+            f'--norm {norm}: there is no {other} {where}to replace (there is {has}): {mend}'
         )
     _edit(cfg.model, norm, scope)
     model = build_model(cfg)

@@ -20,7 +20,7 @@ _FOLLOWED = {
     *('Reshape', 'Squeeze', 'Unsqueeze'),
 }
 _DEEPEST = 32  # nodes behind each other
-_MOST_VALUES = 10_000_000  # of a result, whatever is spread over what
+_MOST_VALUES = 10_000_000  # of all results together, whatever is spread over what
 
 
 def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
@@ -57,6 +57,7 @@ def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         for name in set(node.input):
             readers_of.setdefault(name, []).append(node)
     constants: dict[str, np.ndarray | None] = {}
+    computed_sizes: list[int] = []
 
     def array(name: str, depth: int = 0) -> np.ndarray | None:
         """The value of a constant, also where nodes compute it from constants; else None."""
@@ -82,15 +83,20 @@ def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
             return None
         values = {source: array(source, depth + 1) for source in node.input}
         sizes = [value.size for value in values.values() if value is not None]
-        if len(sizes) < len(values) or math.prod(sizes) > _MOST_VALUES:
+        most = _MOST_VALUES - sum(computed_sizes)
+        if len(sizes) < len(values) or math.prod(sizes) > most:
             return None
         try:
             results: Any = ReferenceEvaluator(node).run([name], values)
         except Exception:  # onnx's own, for types and shapes that do not go together
             return None
+        computed_sizes.append(np.size(results[0]))
         return results[0]
 
-    return _norms(graph, array, readers_of)
+    try:
+        return _norms(graph, array, readers_of)
+    except IndexError:
+        raise ValueError('has a node without its inputs or its output: replace the file') from None
 
 
 def _check_location(tensor: Any, folder: str) -> None:

@@ -3,6 +3,7 @@
 from .names import KINDS, RECORD_INFO, UNSTARTED_INFO, stage_of
 from .record import (
     ENDED_FILE,
+    MOST_BYTES,
     RECORD_FILE,
     NoReportError,
     Records,
@@ -24,6 +25,7 @@ from .snapshots import (
 __all__ = [
     'ENDED_FILE',
     'KINDS',
+    'MOST_BYTES',
     'RECORD_FILE',
     'RECORD_INFO',
     'UNSTARTED_INFO',

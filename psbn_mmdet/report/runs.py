@@ -18,6 +18,7 @@ import numpy as np
 from ..records import (
     ENDED_FILE,
     KINDS,
+    MOST_BYTES,
     RECORD_FILE,
     NoReportError,
     find_snapshots,
@@ -188,7 +189,7 @@ def find_record(path: str | os.PathLike) -> Path:
         return path
     if (path / RECORD_FILE).is_file():
         return path / RECORD_FILE
-    found = sorted(path.glob(f'*/{RECORD_FILE}'))
+    found = sorted(found for found in path.glob(f'*/{RECORD_FILE}') if found.is_file())
     if not found:
         raise FileNotFoundError(
             f'{path} has no */{RECORD_FILE}: give the work dir of a run with the CollapseHook'
@@ -526,13 +527,15 @@ def _lineage(record: Path) -> list[Path]:
     """The folder of a record, after those of the earlier runs in its work dir that it continues."""
     folders = [record.parent.resolve()]
     work_dir = folders[0].parent
-    while True:
+    while (folders[0] / RECORD_FILE).is_file():  # not a pipe, which would be waited for
         try:
             with open(folders[0] / RECORD_FILE, 'rb') as file:
-                earlier = (folders[0] / json.loads(file.readline())['continues']).resolve()
+                header = json.loads(file.readline(MOST_BYTES))
+            earlier = (folders[0] / header['continues']).resolve()
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return folders
         # A record may come from anybody: what it names elsewhere is not looked at.
         if earlier in folders or work_dir not in earlier.parents or not earlier.is_dir():
             return folders
         folders.insert(0, earlier)
+    return folders

@@ -245,6 +245,31 @@ def report_on(run: Path) -> str:
     return tool(report.main, run.parent, '-o', run.parent / 'report.html')
 
 
+def test_a_line_without_an_end_is_not_read_to_it(run):
+    for path, sentence in (
+        (run / 'vis_data/scalars.json', 'line 1'),
+        (run / 'collapse.jsonl', 'line 4'),
+    ):
+        count()
+        path.parent.mkdir(exist_ok=True)
+        with path.open('ab') as file:
+            file.truncate(path.stat().st_size + 20 * GB)  # of zeros that take no room
+        said = report_on(run)
+        assert f'{sentence} is damaged' in said and 'it has 8,388,608 bytes or more' in said
+        path.unlink()
+
+
+def test_a_pipe_is_no_record(run):
+    for name in ('20250101_000000', '20270101_000000'):
+        count()
+        (run.parent / name).mkdir()
+        os.mkfifo(run.parent / name / 'collapse.jsonl')
+    header, *reports = (run / 'collapse.jsonl').read_text().splitlines()
+    header = json.dumps(json.loads(header) | dict(continues='../20250101_000000'))
+    (run / 'collapse.jsonl').write_text('\n'.join([header, *reports, '']))
+    assert report_on(run) == ''
+
+
 def npy(shape, descr: str = '<f2', data: bytes = b'') -> bytes:
     file = io.BytesIO()
     header = dict(descr=descr, fortran_order=False, shape=shape)
@@ -585,17 +610,23 @@ def test_onnx_graphs_that_would_fill_the_memory(tmp_path):
     row = tensor(np.ones((1, 10**5), np.float32), 'b')
     column = node('Reshape', ['b', 'shape'], ['column'])
     shape = node('Constant', [], ['shape'], value=tensor(np.array([10**5, 1])))
+    rows = tensor(np.ones((1, 3000), np.float32), 'b')
+    rest = node('Constant', [], ['d'], value=tensor(np.ones((3000, 1), np.float32)))
+    one = node('Constant', [], ['one'], value=tensor(np.ones(1, np.float32)))
     chain = [node('Identity', [f'c{i}' if i else 'b'], [f'c{i + 1}']) for i in range(3000)]
     for bias, nodes in (
         (size, [node('ConstantOfShape', ['b'], ['c'])]),
         (size, [node('NoSuchOperator', ['b'], ['c'])]),
         (row, [shape, column, node('Add', ['b', 'column'], ['c'])]),
+        (rows, [rest, one, node('Add', ['b', 'd'], ['e']), node('Add', ['e', 'one'], ['c'])]),
         (tensor(np.ones(4, np.float32), 'b'), chain),
         (tensor(np.ones(4, np.float32), 'b'), [node('Add', ['b', 'c'], ['c'])]),
     ):
         count()
         graph(tmp_path / 'a.onnx', bias, nodes)
         assert 'computes the parameters of node bn' in tool(audit.main, tmp_path / 'a.onnx')
+    graph(tmp_path / 'a.onnx', row, [node('CastLike', [], ['c'])])
+    assert 'has a node without its inputs or its output' in tool(audit.main, tmp_path / 'a.onnx')
     claiming = tensor(np.ones(4, np.float32), 'b')
     claiming.dims[0] = 10**12
     graph(tmp_path / 'a.onnx', claiming)
