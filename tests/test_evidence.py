@@ -546,7 +546,7 @@ def test_a_contrast_is_paired_and_says_what_it_could_have_found():
     assert common.contrast('', {0: 0.0, 1: 0.1}, {0: 1.0, 1: 1.1})['verdict'] == 'lower'
 
 
-@pytest.mark.parametrize('name', ['decay', 'finetuning', 'cifar'])
+@pytest.mark.parametrize('name', ['decay', 'finetuning', 'cifar', 'imagenet'])
 def test_the_page_tells_what_the_kept_results_say(name):
     """Its tables and verdicts are put there by the script."""
     result = json.loads((ROOT / f'benchmarks/results/evidence/{name}.json').read_text())

@@ -26,6 +26,7 @@ from common import (
     table,
 )
 from detection import CONFIGS, QUICK, data_options, outcome, remove_checkpoints, train
+from matplotlib.cm import tab20
 from matplotlib.figure import Figure
 from mmdet.models.backbones import MobileNetV2
 from networks import PACKAGES
@@ -208,6 +209,10 @@ def draw(rows: list[dict]) -> Figure:
                 if (row['times'], row['norm_eval'], row['arm']) == (*setting, arm)
                 for step in row['course']
             ]
+            ax.set_title(f'{arm}\n{name_of(*setting)}', fontsize=8)
+            if not steps:
+                ax.text(0.5, 0.5, 'not run', transform=ax.transAxes, ha='center')
+                continue
             iterations = sorted({step['iter'] for step in steps})
             heights = [
                 [
@@ -218,8 +223,7 @@ def draw(rows: list[dict]) -> Figure:
                 ]
                 for stage in stages
             ]
-            ax.stackplot(iterations, heights, labels=stages, lw=0)
-            ax.set_title(f'{arm}\n{name_of(*setting)}', fontsize=8)
+            ax.stackplot(iterations, heights, labels=stages, lw=0, colors=tab20.colors)
     for ax in axes[-1]:
         ax.set_xlabel('step')
     for ax in axes[:, 0]:
