@@ -138,10 +138,16 @@ def check_train_config(cfg: Config) -> None:
     checkpoint = cfg.get('load_from')
     last = Path(cfg.get('work_dir') or '', 'last_checkpoint')
     if not checkpoint and cfg.get('resume') and last.is_file():
-        checkpoint = last.read_text().strip()
+        checkpoint = last.read_text(errors='replace').strip()
         _check_last(last, checkpoint)
     if checkpoint:
         _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
+        file = os.path.expanduser(checkpoint)
+        if cfg.get('resume') and os.path.isfile(file) and not _can_be_resumed(file):
+            raise PreflightError(
+                f'checkpoint {checkpoint} has weights, but no state of a training to resume: give '
+                'it to load_from instead (--cfg-options load_from=...)'
+            )
     for stage in ('train', 'val'):
         _check_classes(cfg, stage)
 

@@ -362,6 +362,18 @@ def test_automatic_resume_from_a_checkpoint_that_is_gone(cfg, tmp_path):
     assert '/nowhere/epoch_1.pth does not exist' in refusal(check_train_config, cfg)
 
 
+def test_weights_alone_are_not_resumed(cfg, tmp_path):
+    torch.save(dict(state_dict=nn.Conv2d(3, 3, 1).state_dict()), tmp_path / 'weights.pth')
+    cfg.load_from = str(tmp_path / 'weights.pth')
+    check_train_config(cfg)
+    cfg.resume = True
+    assert 'weights.pth has weights, but no state of a training' in refusal(check_train_config, cfg)
+    (tmp_path / 'last_checkpoint').write_bytes(b'\xff\xfe')
+    cfg.load_from = None
+    cfg.work_dir = str(tmp_path)
+    assert 'does not exist' in refusal(check_train_config, cfg)
+
+
 def test_automatic_resume_after_a_kill_in_a_save(cfg, tmp_path):
     cfg.resume = True
     whole, torn, last = (
