@@ -21,9 +21,10 @@ PREFIXES = ('psBN', 'psSyncBN', 'CollapseHook', 'RecoveryHook', 'SwitchNorms', '
 INTRODUCTION = """# Errors
 
 Made by `make docs` from the code: every error that this package raises, with … for what is filled
-in. The second column is … where it depends on the case, and empty where the first says what must
-be. The tools print the sentence and end with exit code 1; in Python it is the exception in the
-last column. What hooks warn of stands in the log and never ends a training.
+in, such as what is wrong with one entry of a state dict or of an annotation file. The second column
+is … where it depends on the case, and empty where the first says what must be. The tools print the
+sentence and end with exit code 1, or 2 where options alone are wrong; in Python it is the exception
+in the last column. What hooks warn of stands in the log and never ends a training.
 """
 HEAD = ['', '| wrong | what to do | in Python |', '|---|---|---|']
 TITLES = {
