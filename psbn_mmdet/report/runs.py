@@ -287,7 +287,9 @@ def has_ended(path: str | os.PathLike) -> bool:
         run = find_record(path).parent
     except FileNotFoundError:
         return False
-    later = [folder for folder in Path(path).glob('*/vis_data') if folder.parent.name > run.name]
+    later = [data.parent for data in Path(path).glob('*/vis_data') if data.parent.name > run.name]
+    # A test leaves its scores in a file named after its folder, and is no training.
+    later = [folder for folder in later if not (folder / f'{folder.name}.json').is_file()]
     return (run / ENDED_FILE).exists() and not later
 
 

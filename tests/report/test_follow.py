@@ -138,6 +138,16 @@ def test_an_ended_training_whose_successor_has_begun_is_not_the_end(tmp_path, fo
     assert said[-1].startswith('Followed no longer')
 
 
+def test_a_test_in_the_work_dir_is_no_successor(tmp_path, follow, write_run):
+    path = find_record(write_run(tmp_path / 'run'))
+    path.with_name('collapse.ended').touch()
+    (tmp_path / 'run/20260102_000000/vis_data').mkdir(parents=True)
+    (tmp_path / 'run/20260102_000000/20260102_000000.json').write_text('{}')
+    _, at_step, said = follow(lambda: None)
+    assert at_step == []
+    assert said[-1].startswith('The training has ended')
+
+
 def test_what_is_wrong_is_no_reason_to_wait(tmp_path, follow, write_run):
     with pytest.raises(ValueError, match='a label is empty'):
         follow_report({' ': tmp_path / 'nowhere'}, tmp_path / 'page.html')
