@@ -422,6 +422,10 @@ class _Reading:
                 raise ValueError(f'{len(layers)} layers, the header has {len(self.sizes)}')
             if not isinstance(layers, list) or not _COUNTS.issuperset(map(type, layers)):
                 raise ValueError(f'a number of {kind} channels is none')
+            total = report['total'].get(kind) or 0
+            summed = sum(filter(None, layers)) if kind in report['layers'] else total
+            if not 0 <= total == summed <= self.offsets[-1]:
+                raise ValueError(f'its {total} {kind} channels are not those of its layers')
         self._take_channels(report, iteration)
         by_layer = np.array(report['layers']['collapsed'])
         total, known = report['total']['collapsed'], by_layer.dtype.kind == 'i'

@@ -179,6 +179,8 @@ def test_no_pickle_runs_at_any_entry(shape, entry, cfg, bomb, tmp_path):
     (SHAPES | HARMLESS)[shape](path, bomb)
     sentence = ENTRIES[entry](cfg, path)
     assert not bomb.path.exists()
+    if 'has weights, but no state of a training' in sentence:
+        sentence = ''  # it was read
     if shape == 'two data.pkl' and not sentence:
         return  # torch has taken the first
     assert bool(sentence) == (shape in SHAPES), sentence

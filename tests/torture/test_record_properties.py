@@ -288,6 +288,8 @@ def draw_all(run) -> None:
     last=st.booleans(),
 )
 @example(states=[1, 1], path=('layers', 'unstarted'), new=[1], last=True)
+@example(states=[1, 1], path=('layers', 'dead'), new=[10**9], last=True)
+@example(states=[1, 1], path=('total', 'revived'), new=-5, last=True)
 @example(states=[1, 1], path=('epoch',), new='3', last=True)
 @example(states=[1, 1], path=('total', 'collapsed'), new=8, last=True)
 @example(states=[1, 1], path=('layers', 'collapsed', 0), new=1.5, last=True)
@@ -309,6 +311,8 @@ def test_a_report_of_wrong_values_is_refused_or_read_right(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         draw_all(run)
+    for counts in run.counts.values():
+        assert np.nanmax(counts, initial=0) <= 8
     if path[0] not in ('iter', 'epoch', 'lr') and 'dead' not in path and 'unstarted' not in path:
         bits = [bin(state).count('1') for state in states]
         assert run.counts['collapsed'].tolist() == bits
