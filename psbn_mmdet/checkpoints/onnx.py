@@ -57,7 +57,7 @@ def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         for name in set(node.input):
             readers_of.setdefault(name, []).append(node)
     constants: dict[str, np.ndarray | None] = {}
-    computed_sizes: list[int] = []
+    left = _MOST_VALUES
 
     def array(name: str, depth: int = 0) -> np.ndarray | None:
         """The value of a constant, also where nodes compute it from constants; else None."""
@@ -76,6 +76,7 @@ def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         return constants[name]
 
     def computed(name: str, node: Any, depth: int) -> np.ndarray | None:
+        nonlocal left
         if node.op_type == 'CastLike':  # like the data, in type only
             return array(node.input[0], depth + 1)
         elsewhere = any(attribute.t.data_location for attribute in node.attribute)
@@ -83,14 +84,13 @@ def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
             return None
         values = {source: array(source, depth + 1) for source in node.input}
         sizes = [value.size for value in values.values() if value is not None]
-        most = _MOST_VALUES - sum(computed_sizes)
-        if len(sizes) < len(values) or math.prod(sizes) > most:
+        if len(sizes) < len(values) or math.prod(sizes) > left:
             return None
         try:
             results: Any = ReferenceEvaluator(node).run([name], values)
         except Exception:  # onnx's own, for types and shapes that do not go together
             return None
-        computed_sizes.append(np.size(results[0]))
+        left -= np.size(results[0])
         return results[0]
 
     try:

@@ -305,7 +305,7 @@ class CollapseHook(Hook):
 
     def _warn_of_idle(self, runner: Runner, report: Report, idle: set[str]) -> None:
         trained = [layer.name for layer in report.census.layers if not layer.frozen]
-        new = [name for name in trained if name in idle - self._idle]
+        new = [name for name in trained if name in idle and name not in self._idle]
         self._idle |= idle
         if new:
             runner.logger.warning(
