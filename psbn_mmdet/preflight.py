@@ -10,6 +10,7 @@ import difflib
 import glob
 import importlib.util
 import os
+import reprlib
 import urllib.request
 from collections.abc import Iterable, Iterator
 from http.client import HTTPException
@@ -81,6 +82,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
             f'one of --cfg-options {", ".join(options or {})} does not fit the config: give the '
             f'whole value that it is a part of ({type(error).__name__}: {one_line(error)})'
         ) from error
+    _text(cfg.get('default_scope'), 'default_scope', "a library's name, such as 'mmdet'")
     return cfg
 
 
@@ -92,7 +94,10 @@ def _config_file(path: str) -> str:
     if not is_of_package and ('/' in path or os.sep in path):
         raise PreflightError(f'config file {_shown(path)} does not exist: check the path')
     package = package or 'mmdet'
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a part of something that is not there; no such name
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise PreflightError(f'config {path}: there is no package {package}: install it')
     root = Path(next(iter(spec.submodule_search_locations)))
@@ -135,7 +140,7 @@ def check_train_config(cfg: Config) -> None:
         if is_pretrained and isinstance(init_cfg.get('checkpoint'), str):
             mend = f'set {path}.checkpoint to a local file, or {path}=None for random weights'
             _check_weights(cfg, init_cfg['checkpoint'], f'{path}.checkpoint', mend)
-    checkpoint = cfg.get('load_from')
+    checkpoint = _text(cfg.get('load_from'), 'load_from', 'the path of a checkpoint')
     last = Path(cfg.get('work_dir') or '', 'last_checkpoint')
     if not checkpoint and cfg.get('resume') and last.is_file():
         checkpoint = last.read_text(errors='replace').strip()
@@ -202,7 +207,7 @@ def _check_norm_type(cfg: Config, path: str, kind: Any) -> None:
     if not isinstance(kind, str) or '.' in kind:
         return
     with MODELS.switch_scope_and_registry(cfg.get('default_scope') or 'mmdet') as registry:
-        if kind in _NORMS or registry.get(kind) is not None:
+        if kind in _NORMS or (kind and registry.get(kind) is not None):
             return
     of_lower = {name.lower(): name for name in (*_PSBN_CLASSES, *_NORMS)}
     near = difflib.get_close_matches(kind.lower(), of_lower, 1)
@@ -256,7 +261,7 @@ def _datasets(dataset: Any, path: str) -> Iterator[tuple[str, dict]]:
 def _check_dataset(path: str, dataset: dict) -> None:
     if _is_remote(dataset):
         return
-    root = dataset.get('data_root') or ''
+    root = _text(dataset.get('data_root'), f'{path}.data_root', 'the folder of the data')
     ann_file = dataset.get('ann_file')
     if isinstance(ann_file, str) and ann_file:
         _check_file(os.path.join(root, ann_file), f'{path}.ann_file', f'{path}.data_root')
@@ -380,7 +385,12 @@ def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
         content = read_torch(file)
     except CheckpointError as error:
         raise PreflightError(f'{setting} {error}') from error
-    state_dict = content.get('state_dict', content) if isinstance(content, dict) else {}
+    state_dict = content.get('state_dict', content) if isinstance(content, dict) else content
+    if not isinstance(state_dict, dict):
+        raise PreflightError(
+            f'{setting} {file} has no state dict, but a {type(state_dict).__name__} in its '
+            'place: replace the file'
+        )
     psbn_layer = next(
         (n for n, kind in find_norm_states(state_dict).items() if kind == 'psBN'), None
     )
@@ -418,6 +428,13 @@ def dicts(value: Any, path: str) -> Iterator[tuple[str, dict]]:
         children = enumerate(value)
     for key, child in children:
         yield from dicts(child, f'{path}.{key}')
+
+
+def _text(value: Any, setting: str, meant: str) -> str:
+    """A setting that is a text or a path, '' if it is not set."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise PreflightError(f'{setting} is {reprlib.repr(value)}, no text: set it to {meant}')
+    return os.fspath(value or '')
 
 
 def _shown(path: str) -> str:

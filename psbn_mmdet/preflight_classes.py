@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,14 @@ def class_errors(
             cls = registry.get(kind) if isinstance(kind, str) else kind
         if cls is None or 'CocoDataset' not in {base.__name__ for base in cls.__mro__}:
             continue
-        given = (dataset.get('metainfo') or {}).get('classes')
+        metainfo = dataset.get('metainfo') or {}
+        if not isinstance(metainfo, dict):
+            yield (
+                f'{path}.metainfo is {reprlib.repr(metainfo)}, no dict: write '
+                "dict(classes=('cat', 'dog')) with the names of yours"
+            )
+            continue
+        given = metainfo.get('classes')
         if isinstance(given, str) and not os.path.isfile(given):
             yield (
                 f'{path}.metainfo.classes={given!r} is a text, not a tuple of names: write '

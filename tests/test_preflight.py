@@ -171,6 +171,22 @@ def test_a_relative_path_is_shown_with_where_it_was_looked_for(cfg, tmp_path, mo
     assert f'data/coco/annotations/train.json (in {tmp_path}) does not exist' in sentence
 
 
+@pytest.mark.parametrize(
+    'option',
+    ['train_dataloader__dataset__data_root', 'load_from', 'val_dataloader__dataset__metainfo'],
+)
+def test_what_is_no_text_where_one_is_needed(cfg, option):
+    name = option.replace('__', '.')
+    kind = 'dict' if name.endswith('metainfo') else 'text'
+    assert refused(cfg, **{option: 3}).startswith(f'{name} is 3, no {kind}: ')
+
+
+def test_a_path_in_place_of_a_text_passes(cfg):
+    dataset = cfg.train_dataloader.dataset
+    dataset.data_root = Path(dataset.data_root or '')
+    check_train_config(cfg)
+
+
 def test_empty_annotation_file(cfg, tmp_path):
     (tmp_path / 'empty.json').touch()
     # An absolute path takes no part of data_root, as in MMEngine.
@@ -421,6 +437,14 @@ def test_checkpoint_that_would_run_code(cfg, bomb, tmp_path, zipped):
     assert not (tmp_path / 'touched').exists()
 
 
+@pytest.mark.parametrize(('content', 'kind'), [(dict(state_dict=None), 'NoneType'), ([1], 'list')])
+def test_checkpoint_without_a_state_dict(cfg, tmp_path, content, kind):
+    torch.save(content, tmp_path / 'other.pth')
+    assert f'other.pth has no state dict, but a {kind} in its place' in refusal(
+        check_test_config, cfg, str(tmp_path / 'other.pth')
+    )
+
+
 @pytest.mark.parametrize('damage', ['empty', 'cut', 'text'])
 def test_checkpoint_that_cannot_be_read(cfg, tmp_path, bn_checkpoint, damage):
     whole = Path(bn_checkpoint).read_bytes()
@@ -453,6 +477,11 @@ def test_config_file_that_cannot_be_loaded(tmp_path, text, part):
     sentence = refusal(load_config, str(path))
     assert str(path) in sentence
     assert part in sentence
+
+
+def test_scope_that_is_no_name(tmp_path):
+    (tmp_path / 'config.py').write_text('default_scope = 3')
+    assert refusal(load_config, str(tmp_path / 'config.py')).startswith('default_scope is 3, no')
 
 
 def test_options_are_merged_into_the_config():
@@ -523,7 +552,13 @@ def test_mmdetection_in_a_checkout(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ('kind', 'meant'),
-    [('PSBN', "'psBN'"), ('psbn2D', "'psBN2d'"), ('bn', "'BN'"), ('xyz', 'use one of BN')],
+    [
+        ('PSBN', "'psBN'"),
+        ('psbn2D', "'psBN2d'"),
+        ('bn', "'BN'"),
+        ('xyz', 'use one of BN'),
+        ('', 'use one of BN'),
+    ],
 )
 def test_a_norm_that_there_is_not_and_what_was_meant(cfg, kind, meant):
     sentence = refused(cfg, model__backbone__norm_cfg__type=kind)
