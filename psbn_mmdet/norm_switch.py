@@ -15,7 +15,7 @@ from torch import nn
 
 from .checkpoints.config_text import TO_BN, TO_PSBN
 from .layers.switch import NORMS, SWITCHED, in_scope, kinds_of_norms, switch_norms
-from .preflight import PreflightError, dicts, type_name
+from .preflight import PreflightError, dicts, one_line, type_name
 
 # A norm_cfg may give a class in place of its name; mmcv's SyncBN has no counterpart of its own.
 _CLASSES = {
@@ -151,13 +151,23 @@ def _parts(names: dict) -> list[str]:
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """A config's model with random weights, on the CPU; the config is not changed."""
+    """A config's model with random weights, on the CPU; the config is not changed.
+
+    Raises:
+        PreflightError: If it cannot be built.
+    """
     model = copy.deepcopy(cfg.model)
     for _, part in dicts(model, ''):
         if _CLASSES.get(type_name(part)) == 'SyncBN':
             part['type'] = 'SyncBN'  # mmcv's cannot be built before there is a process group
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
-        return MODELS.build(model)
+        try:
+            return MODELS.build(model)
+        except Exception as error:  # whatever a model of somebody's own may raise
+            raise PreflightError(
+                f'the model of the config cannot be built ({type(error).__name__}: '
+                f'{one_line(error)}): correct the config'
+            ) from error
 
 
 def _edit(model: ConfigDict, norm: str, scope: str | None) -> None:

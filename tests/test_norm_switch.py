@@ -200,6 +200,14 @@ def test_what_has_nothing_to_replace_is_told_so(name, chosen, words):
         switch_config(load_config(name), **chosen)
 
 
+@pytest.mark.parametrize('wrong', [dict(type='NoDetector'), dict(extra=1), dict(backbone=3)])
+def test_a_model_that_cannot_be_built_is_told_so(wrong):
+    cfg = load_config('retinanet_r50_fpn_1x_coco')
+    cfg.model.update(wrong)
+    with pytest.raises(PreflightError, match='the model of the config cannot be built'):
+        switch_config(cfg, **options())
+
+
 def test_what_is_sync_stays_so_and_what_is_no_bn_of_torch_is_left():
     class Own(nn.BatchNorm2d):
         pass

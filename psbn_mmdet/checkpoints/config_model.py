@@ -53,7 +53,7 @@ def model_of_config(cfg: Config) -> nn.Module:
     """Build a config's model, with random weights, for one process; the config is not changed.
 
     Raises:
-        CheckpointError: If it loads a file as it is built, and that would run code.
+        CheckpointError: If it cannot be built, or loads a file as it is, and that would run code.
     """
     try:
         return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
@@ -61,6 +61,11 @@ def model_of_config(cfg: Config) -> nn.Module:
         raise CheckpointError(
             f'the model of {cfg.filename} loads a file that may run any code: name another in the '
             'config, or leave out the config'
+        ) from error
+    except Exception as error:  # whatever a model of somebody's own may raise
+        raise CheckpointError(
+            f'the model of {cfg.filename} cannot be built ({type(error).__name__}: {error}): '
+            'correct the config, or leave it out'
         ) from error
 
 

@@ -44,6 +44,13 @@ def test_a_checkpoint_of_the_backbone_alone():
     assert found.producers['layer1.0.bn2'] == 'layer1.0.conv2'
 
 
+def test_a_model_that_cannot_be_built_is_named():
+    cfg = Config.fromfile(CONFIGS / 'retinanet_r50_fpn_psbn_1x_coco.py')
+    cfg.model.type = 'NoDetector'
+    with pytest.raises(CheckpointError, match=r'retinanet_r50.* cannot be built \(KeyError'):
+        structure_of_config(cfg, ['features.1'])
+
+
 def test_another_models_config_is_named():
     cfg = Config.fromfile(CONFIGS / 'retinanet_r50_fpn_psbn_1x_coco.py')
     with pytest.raises(CheckpointError, match=r'retinanet_r50.* no BN layer named .* features\.1'):
