@@ -75,6 +75,11 @@ class GradientWatch:
         return hook
 
     @property
+    def layers(self) -> set[str]:
+        """Those with a parameter in an optimiser; of layers that share one, the last."""
+        return {name for group in self._groups for name in group.layers}
+
+    @property
     def steps(self) -> int:
         """Number of optimiser steps seen, of the optimiser that made most."""
         return max((group.steps for group in self._groups), default=0)

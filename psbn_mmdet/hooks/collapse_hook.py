@@ -191,7 +191,10 @@ class CollapseHook(Hook):
         start = self._census()
         self._names = {layer.name for layer in start.layers}
         if runner.iter > 0:
-            start = recall_unstarted(runner.message_hub, start)
+            recalled = self._parts.run(
+                'unstarted filters of the earlier run', recall_unstarted, runner.message_hub, start
+            )
+            start = recalled or start
         settings = dict(interval=self.interval, window=self.window, tau=self.tau, k=self.k)
         shifts = {name: getattr(norm, 'shift_value', 0.0) for name, norm in norms.items()}
         self._journal = Journal(self._parts, shifts, settings)
@@ -205,6 +208,17 @@ class CollapseHook(Hook):
                 f'{self._begin + self.window} on, when {self.window} have been watched.'
             )
         self._trace = self._parts.run('dead filters', self._start_trace, runner)
+        unwatched = [
+            layer.name
+            for layer in start.layers
+            if not layer.frozen and layer.name not in self._watch.layers
+        ]
+        if unwatched:
+            runner.logger.warning(
+                f'CollapseHook: trapped filters are not observed in {len(unwatched)} layers, whose '
+                'gamma and beta are in no optimiser, or are those of another layer, too: '
+                f'{", ".join(unwatched)}.'
+            )
 
     def _census(self) -> Census:
         """Of the layers that were there at the start."""
@@ -272,15 +286,15 @@ class CollapseHook(Hook):
         reached = watch.reached()
         report = self._history.add(now, self._rectifiers, trapped, reached, recovered)
         log_scalars(runner.message_hub, report, self.scalars, self.by_stage)
-        self._warn(runner, report, steps)
+        self._warn(runner, report, watch.layers, steps)
         if steps and runner.iter + 1 - self._begin >= self.window:
             self._warn_of_idle(runner, report, watch.idle(self.window))
         self._table.add(runner.iter + 1, report)
         remember_unstarted(runner.message_hub, self._history.unstarted)
         self._parts.run('records', self._journal.write, runner, report, steps)
 
-    def _warn(self, runner: Runner, report: Report, steps: int) -> None:
-        trained = any(not layer.frozen for layer in report.census.layers)
+    def _warn(self, runner: Runner, report: Report, watched: set[str], steps: int) -> None:
+        trained = any(not layer.frozen and layer.name in watched for layer in report.census.layers)
         if steps == 0 and trained:
             runner.logger.warning(
                 'CollapseHook: trapped filters not observed: no optimiser step in the last '

@@ -7,6 +7,7 @@ that have not begun.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,19 @@ def remember_unstarted(hub: MessageHub, unstarted: Mapping[str, np.ndarray]) -> 
 
 
 def recall_unstarted(hub: MessageHub, start: Census) -> Census:
-    """The census of a resumed run's start, with the filters that had not begun in the earlier."""
+    """The census of a resumed run's start, with the filters that had not begun in the earlier.
+
+    Raises:
+        ValueError: If what the checkpoint says of them is not of this network.
+    """
     ranges = hub.get_info(UNSTARTED_INFO)
     if ranges is None:  # saved without the hook
         return start
+    if not isinstance(ranges, dict):
+        raise ValueError(f'{reprlib.repr(ranges)} is no dict of ranges by layer')
     return start.judged(
         unstarted={
-            layer.name: parse_ranges(ranges.get(layer.name, ''), layer.channels)
+            layer.name: parse_ranges(str(ranges.get(layer.name, '')), layer.channels)
             for layer in start.layers
         }
     )

@@ -331,6 +331,31 @@ def test_a_layer_that_is_not_trained_does_not_begin(tmp_path):
         assert channels_of(records, report, 'unstarted') == {'head.1': list(range(8))}
 
 
+@pytest.mark.parametrize('why', ['no optimiser', 'shared'])
+def test_layers_that_cannot_be_watched_are_named(tmp_path, why):
+    model = Classifier()
+    if why == 'shared':
+        model.stem[1].weight = model.head[1].weight
+        model.stem[1].bias = model.head[1].bias
+        params = model.parameters()
+    else:
+        params = [*model.head.parameters(), *model.linear.parameters()]
+    wrapper = OptimWrapper(torch.optim.SGD(params, lr=0.01))
+    records = records_of(run(tmp_path, model, epochs=1, optim_wrapper=wrapper))
+    assert [report['layers']['trapped'][0] for report in records.reports] == [None] * 3
+    assert None not in [report['layers']['trapped'][1] for report in records.reports]
+    (warning,) = [x for x in texts(tmp_path).splitlines() if 'not observed in' in x]
+    assert warning.endswith(': stem.1.')
+
+
+def test_of_layers_in_no_optimiser_it_is_not_said_that_there_was_no_step(tmp_path):
+    model = Classifier()
+    wrapper = OptimWrapper(torch.optim.SGD(model.linear.parameters(), lr=0.01))
+    run(tmp_path, model, epochs=1, optim_wrapper=wrapper)
+    assert 'not observed in 2 layers' in texts(tmp_path)
+    assert 'no optimiser step' not in texts(tmp_path)
+
+
 @pytest.mark.parametrize('optimised', ['all', 'linear'])
 def test_no_step_is_missed_where_no_layer_is_trained(tmp_path, optimised):
     model = Classifier()

@@ -14,7 +14,7 @@ from torch import nn
 from psbn_mmdet.collapse import GradientWatch
 from psbn_mmdet.hooks import collapse_hook, history, journal, lineage
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
-from psbn_mmdet.records import find_snapshots
+from psbn_mmdet.records import UNSTARTED_INFO, find_snapshots
 
 
 def trained(work_dir, **kwargs):
@@ -133,6 +133,19 @@ def test_reading_an_earlier_record_that_fails_starts_a_new_one(tmp_path, monkeyp
     runner = run(tmp_path, Classifier(), resume=True)
     assert [r['iter'] for r in records_of(runner).reports] == [16, 20, 24]
     assert 'earlier records are off' in texts(tmp_path)
+
+
+@pytest.mark.parametrize('unstarted', [3, {'stem.1': '90-99'}, {'stem.1': 7.5}, {'stem.1': None}])
+def test_a_checkpoint_that_is_odd_about_unstarted_filters_costs_those_alone(tmp_path, unstarted):
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    run(tmp_path, Classifier(), default_hooks=hooks, epochs=1)
+    content = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    content['message_hub']['runtime_info'][UNSTARTED_INFO] = unstarted
+    torch.save(content, tmp_path / 'epoch_1.pth')
+    time.sleep(1)  # log folders are named by the second
+    runner = run(tmp_path, Classifier(), resume=True)
+    assert [r['iter'] for r in records_of(runner).reports] == [4, 8, 12, 16, 20, 24]
+    assert texts(tmp_path).count('unstarted filters of the earlier run are off') == 1
 
 
 def test_a_learning_rate_that_is_a_tensor_is_written_as_a_number(tmp_path):
