@@ -194,12 +194,15 @@ def test_a_picture_is_drawn(folder, tmp_path):
         (['well.pth', 'other.pth'], 'have no layer in common'),
         (['plain.pth'], 'only BN that cannot be audited'),
         (['well.pth', '--key', 'ema'], "no state dict 'ema'"),
+        (['well.pth', '--plot', './well.pth'], './well.pth is read and is not overwritten'),
     ],
 )
 def test_bad_input_gets_one_sentence(folder, arguments, words):
+    whole = (folder / 'well.pth').read_bytes()
     torch.save(nn.Sequential(nn.BatchNorm2d(3)).state_dict(), folder / 'other.pth')
     torch.save(nn.BatchNorm2d(3, affine=False).state_dict(), folder / 'plain.pth')
     result = run('audit.py', *arguments, cwd=folder)
+    assert (folder / 'well.pth').read_bytes() == whole
     assert result.returncode == 1
     assert result.stdout == ''
     (sentence,) = result.stderr.splitlines()

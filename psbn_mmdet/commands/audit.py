@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -62,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with redirect_stdout(StringIO()):  # MMEngine logs what it builds, data sets what they load
             audit = make_audit(args)
         if args.plot:
+            inputs = [file for file in (*args.checkpoints, args.config) if file]
+            if os.path.exists(args.plot) and any(
+                os.path.exists(file) and os.path.samefile(args.plot, file) for file in inputs
+            ):
+                raise ValueError(f'{args.plot} is read and is not overwritten: name another file')
             plot_audit(audit, args.plot)
         if args.format == 'json':
             say(json.dumps(audit_to_dict(audit), indent=1))

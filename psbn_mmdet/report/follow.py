@@ -61,6 +61,7 @@ def follow_report(
     except KeyboardInterrupt:
         end = 'Followed no longer'
     finally:
+        written = written and Path(out).is_file()
         if written:
             stop_reloading(Path(out), seconds)
-    say(f'{end}: the report is in {out}' if written else f'{end}: no report was written')
+    say(f'{end}: the report is in {out}' if written else f'{end}: there is no report')

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from ..atomic import replacing
 from ..records import format_ranges
 from .figures import FIGURES
-from .runs import Run, read_run
+from .runs import Run, is_input, read_run
 from .stages import COLUMNS, stage_rows
 from .style import COLOURS, STYLE, printable
 
@@ -64,7 +64,7 @@ def write_report(
         FileNotFoundError: If a work dir has no record.
         NoReportError: If a record has no report yet; it is a ValueError.
         ValueError: If there are more runs than colours, if a label is empty, if ``out`` is a
-            folder, or if a file is damaged.
+            folder or a file that is read, or if a file is damaged.
 
     Examples:
         >>> from psbn_mmdet.report import write_report
@@ -113,7 +113,7 @@ def check_request(work_dirs: Mapping[str, str | os.PathLike], out: str | os.Path
 
     Raises:
         ValueError: If there are more runs than colours, if a label is empty, or if ``out`` is a
-            folder.
+            folder or a file that is read.
     """
     if not 1 <= len(work_dirs) <= len(COLOURS):
         raise ValueError(
@@ -126,6 +126,8 @@ def check_request(work_dirs: Mapping[str, str | os.PathLike], out: str | os.Path
     out = Path(out)
     if out.is_dir():
         raise ValueError(f'{out} is a folder: name a file, such as {out / "report.html"}')
+    if any(is_input(out, path) for path in work_dirs.values()):
+        raise ValueError(f'{out} is of the run itself and is not overwritten: name another file')
 
 
 def stop_reloading(page: Path, reload: float) -> None:

@@ -189,12 +189,17 @@ def find_record(path: str | os.PathLike) -> Path:
         return path
     if (path / RECORD_FILE).is_file():
         return path / RECORD_FILE
-    found = sorted(found for found in path.glob(f'*/{RECORD_FILE}') if found.is_file())
+    found = [found for found in path.glob(f'*/{RECORD_FILE}') if found.is_file()]
     if not found:
         raise FileNotFoundError(
             f'{path} has no */{RECORD_FILE}: give the work dir of a run with the CollapseHook'
         )
-    return found[-1]
+    return max(found, key=lambda record: _age_of(record.parent))
+
+
+def _age_of(run: Path) -> list[str | int]:
+    """What orders log folders, named by the second, then numbered: ..._2, ..., ..._10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', run.name)]
 
 
 def read_run(
@@ -267,11 +272,34 @@ def inputs_of(path: str | os.PathLike) -> list[tuple]:
     """
     record = find_record(path)
     found: list[tuple] = [tuple(find_snapshots(record.parent))]
-    for file in (record, *(folder / SCORE_LOG for folder in _lineage(record))):
-        if file.is_file():
-            stat = file.stat()
-            found.append((file, stat.st_mtime_ns, stat.st_size))
+    for file in _files_of(record):
+        stat = file.stat()
+        found.append((file, stat.st_mtime_ns, stat.st_size))
     return found
+
+
+def is_input(file: str | os.PathLike, path: str | os.PathLike) -> bool:
+    """Whether a file is one that :func:`read_run` reads.
+
+    Args:
+        file (str | PathLike): Which may not exist.
+        path (str | PathLike): As for :func:`find_record`; there may be no record.
+
+    Returns:
+        bool: Also by another path to the same file.
+    """
+    try:
+        record = find_record(path)
+    except FileNotFoundError:
+        return False
+    inputs = [*_files_of(record), *find_snapshots(record.parent).values()]
+    return os.path.exists(file) and any(os.path.samefile(file, read) for read in inputs)
+
+
+def _files_of(record: Path) -> list[Path]:
+    """A record, and the logs with the scores of its run and of those that it continues."""
+    files = [record, *(folder / SCORE_LOG for folder in _lineage(record))]
+    return [file for file in files if file.is_file()]
 
 
 def has_ended(path: str | os.PathLike) -> bool:
@@ -287,7 +315,8 @@ def has_ended(path: str | os.PathLike) -> bool:
         run = find_record(path).parent
     except FileNotFoundError:
         return False
-    later = [data.parent for data in Path(path).glob('*/vis_data') if data.parent.name > run.name]
+    folders = [data.parent for data in Path(path).glob('*/vis_data')]
+    later = [folder for folder in folders if _age_of(folder) > _age_of(run)]
     # A test leaves its scores in a file named after its folder, and is no training.
     later = [folder for folder in later if not (folder / f'{folder.name}.json').is_file()]
     return (run / ENDED_FILE).exists() and not later
@@ -401,7 +430,8 @@ class _Reading:
         sizes = [_integer(layer['channels']) for layer in header['layers']]
         if not 1 <= sum(sizes) <= MOST_CHANNELS or len(sizes) > MOST_LAYERS:
             raise ValueError(f'{sum(sizes)} channels in {len(sizes)} layers')
-        _integer(header['interval']), _integer(header['window'])
+        if not _integer(header['interval']) or not _integer(header['window']):
+            raise ValueError(f'interval = {header["interval"]}, window = {header["window"]}')
         if not (0 <= _number(header['tau']) < 1 and 0 <= _number(header['k']) <= MOST_K):
             raise ValueError(f'tau = {header["tau"]}, k = {header["k"]}')
         self.header = header
@@ -412,8 +442,8 @@ class _Reading:
 
     def take_report(self, report: dict[str, Any]) -> None:
         iteration = report['iter']
-        _integer(report['epoch'])
-        _integer(report['total']['collapsed'])
+        for value in (report['epoch'], report['steps'], report['total']['collapsed']):
+            _integer(value)
         counts = [_count(report['total'].get(kind)) for kind in self.counts]
         rate = _number(next(iter(report['lr'].values()), math.nan))
         for kind in self.counts:
@@ -538,10 +568,10 @@ def _lineage(record: Path) -> list[Path]:
             with open(folders[0] / RECORD_FILE, 'rb') as file:
                 header = json.loads(file.readline(MOST_BYTES))
             earlier = (folders[0] / header['continues']).resolve()
+            # A record may come from anybody: what it names elsewhere is not looked at.
+            if earlier in folders or work_dir not in earlier.parents or not earlier.is_dir():
+                return folders
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return folders
-        # A record may come from anybody: what it names elsewhere is not looked at.
-        if earlier in folders or work_dir not in earlier.parents or not earlier.is_dir():
             return folders
         folders.insert(0, earlier)
     return folders

@@ -120,6 +120,12 @@ def test_each_file_that_is_shown_is_followed(tmp_path, follow, write_run, write_
     assert written == [50, 50, 50, 100, 100]
 
 
+def test_a_page_that_is_deleted_meanwhile_is_not_claimed(tmp_path, source, follow, write_run):
+    write_run(tmp_path / 'run')
+    *_, said = follow((tmp_path / 'page.html').unlink)
+    assert said[-1] == 'Followed no longer: there is no report'
+
+
 def test_of_two_runs_both_are_followed_to_their_ends(tmp_path, follow, write_run):
     paths = [find_record(write_run(tmp_path / name)) for name in ('bn', 'psbn')]
     ends = [path.with_name('collapse.ended').touch for path in paths]
@@ -200,7 +206,7 @@ def test_ctrl_c_while_it_waits_ends_with_one_line(start, command):
     process = start(*COMMANDS[command])
     assert process.stdout.readline().startswith('Waiting for a report: run has no */collapse.jsonl')
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ('Followed no longer: no report was written\n', '')
+    assert process.communicate(timeout=60) == ('Followed no longer: there is no report\n', '')
     assert process.returncode == 0
 
 

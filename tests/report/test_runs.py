@@ -190,7 +190,7 @@ def test_scores_of_resumed_runs_are_put_together(tmp_path, write_run, write_scor
     assert read_run(resumed, 'BN').scores['AP'] == ([1, 2, 4], [0.1, 0.2, 0.4])
 
 
-@pytest.mark.parametrize('claim', ['.', '../gone', '../20260101_000000', 5])
+@pytest.mark.parametrize('claim', ['.', '../gone', '../20260101_000000', 5, 'x' * 5000, 'a\0b'])
 def test_a_run_that_continues_itself_in_circles_or_what_is_gone_is_read(tmp_path, write_run, claim):
     write_run(tmp_path, timestamp='20260101_000000', continues='../20260102_000000')
     write_run(tmp_path, timestamp='20260102_000000', scores={1: 0.1}, continues=claim)
@@ -215,6 +215,9 @@ def test_a_work_dir_a_run_folder_and_a_record_are_found(tmp_path, write_run):
     write_run(tmp_path, timestamp='20260102_000000')
     latest = tmp_path / '20260102_000000/collapse.jsonl'
     assert find_record(tmp_path) == find_record(latest.parent) == find_record(latest) == latest
+    for number in (2, 10):
+        write_run(tmp_path, timestamp=f'{latest.parent.name}_{number}')
+    assert find_record(tmp_path).parent.name == f'{latest.parent.name}_10'
 
 
 def test_a_work_dir_without_a_record_or_a_report_is_named(tmp_path, write_run):
@@ -234,6 +237,7 @@ def damages() -> dict:
         'channels of a layer that is not': lambda r: r['channels']['new'].update({'7': '1'}),
         'channels that are no numbers': lambda r: r['channels']['new'].update({'0': 'x'}),
         'an iteration out of order': lambda r: r.update(iter=50),
+        'fewer steps than none': lambda r: r.update(steps=-1),
         'an iteration that is none': lambda r: r.update(iter='100'),
         'a learning rate that is a word': lambda r: r.update(lr={'lr': 'high'}),
     }
@@ -250,6 +254,12 @@ def test_a_damaged_report_is_rejected_with_its_line(tmp_path, write_run, damage)
     path.write_text('\n'.join(lines) + '\n')
     with pytest.raises(ValueError, match='line 3 is damaged'):
         read_run(work_dir, 'BN')
+
+
+@pytest.mark.parametrize('setting', [dict(interval=0), dict(window=0), dict(tau=1), dict(k=-1)])
+def test_a_header_of_no_hook_is_rejected(tmp_path, write_run, setting):
+    with pytest.raises(ValueError, match='line 1 is damaged'):
+        read_run(write_run(tmp_path, **setting), 'BN')
 
 
 def test_progress_grows_to_the_whole(tmp_path, write_run):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+RECORD = 'run/20260101_000000/collapse.jsonl'
 TOOL = Path(__file__).resolve().parents[2] / 'tools/report.py'
 
 
@@ -94,14 +95,19 @@ def test_a_long_work_shows_a_bar_on_a_terminal(tmp_path, write_run):
         (['run', '--labels', 'a', 'b'], '1 runs, but 2 labels: give --labels one for each'),
         (['run', '--labels', ''], "a label is empty, '': give each run a name"),
         (['run', '-o', 'run/20260101_000000'], 'is a folder: name a file, such as'),
+        (['run', '-o', RECORD], f'{RECORD} is of the run itself and is not overwritten'),
+        (['run', RECORD, '-o', f'linked/{RECORD}'], 'is not overwritten: name another file'),
     ],
 )
 def test_it_stops_with_one_sentence(tmp_path, write_run, tool, arguments, message):
     write_run(tmp_path / 'run')
     write_run(tmp_path / 'empty', [])
+    (tmp_path / 'linked').symlink_to(tmp_path)
     damaged = write_run(tmp_path / 'damaged') / '20260101_000000/collapse.jsonl'
     damaged.write_text(damaged.read_text().replace('"iter": 100', '"iter"'))
+    whole = (tmp_path / RECORD).read_bytes()
     code, stdout, stderr = tool(*arguments)
+    assert (tmp_path / RECORD).read_bytes() == whole
     assert code == 1 and stdout == ''
     assert stderr.startswith('report: ') and stderr.count('\n') == 1
     assert message in stderr
