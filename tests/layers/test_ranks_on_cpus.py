@@ -41,7 +41,7 @@ def test_two_ranks_compute_what_one_process_does(ranks, name, shape):
         else:
             assert torch.equal(first[key], second[key]), key
             joined = first[key]
-        torch.testing.assert_close(joined, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(joined, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_half_precision_is_computed_in_full_and_evaluation_needs_no_other_rank(ranks):
