@@ -83,8 +83,8 @@ def convert_checkpoint(
     if not done.converted:
         held = {kind for sd in found.values() for kind in find_norm_states(sd).values()}
         raise CheckpointError(
-            f'there is no {old_kind} to convert, '
-            + (f'the layers are {" and ".join(sorted(held))}' if held else 'no norm layer at all')
+            f'there is no {old_kind} to convert ({", ".join(sorted(held)) or "no norm layer"} is '
+            'all there is): give another checkpoint'
         )
 
     def rebuilt(value: Any, key: Any = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,7 @@ def _norms(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     outputs = {output.name for output in graph.output}
     state_dict: dict[str, Any] = {}
-    rectifiers = {}
+    rectifiers: dict[str, str] = {}
     for node in graph.node:
         if node.op_type != 'BatchNormalization':
             continue
@@ -128,11 +128,12 @@ def _norms(
                 f'computes the parameters of node {node.name or node.output[0]} from more than '
                 'constants, or in no simple way: audit the checkpoint it was made from'
             )
-        name = node.input[1].removesuffix('.weight')
-        # Exporters share initializers that are equal: then two layers would have one name.
-        if name == node.input[1] or name in rectifiers:
-            name = node.name or node.output[0]
-        for entry, values in zip(_ENTRIES, arrays):
+        name = _name(node, rectifiers)
+        for source, entry, values in zip(node.input[1:], _ENTRIES, arrays):
+            if np.asarray(values).dtype.kind in 'cOSU':
+                raise ValueError(
+                    f'has values of {source} that are no real numbers: replace the file'
+                )
             state_dict[f'{name}.{entry}'] = torch.from_numpy(np.array(values, np.float32))
         readers = {
             _rectifier(reader, array)
@@ -148,6 +149,16 @@ def _norms(
             'audit the checkpoint it was made from'
         )
     return state_dict, rectifiers
+
+
+def _name(node: Any, taken: Container[str]) -> str:
+    """That of the layer it was exported from. Exporters share equal initializers among layers."""
+    stem = node.input[1].removesuffix('.weight')
+    names = ([] if stem == node.input[1] else [stem]) + [node.name, node.output[0]]
+    for name in names:
+        if name and name not in taken:
+            return name
+    raise ValueError(f'has several layers of the name {names[-1]}: replace the file')
 
 
 def _rectifier(node: Any, array: Any) -> str:

@@ -4,6 +4,7 @@ from .names import KINDS, RECORD_INFO, UNSTARTED_INFO, stage_of
 from .record import (
     ENDED_FILE,
     MOST_BYTES,
+    MOST_CHANNELS,
     RECORD_FILE,
     NoReportError,
     Records,
@@ -26,6 +27,7 @@ __all__ = [
     'ENDED_FILE',
     'KINDS',
     'MOST_BYTES',
+    'MOST_CHANNELS',
     'RECORD_FILE',
     'RECORD_INFO',
     'UNSTARTED_INFO',

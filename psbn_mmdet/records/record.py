@@ -26,6 +26,7 @@ RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
 ENDED_FILE = 'collapse.ended'  # beside it, empty, once the training has come to its end
 FORMAT = 1
 MOST_BYTES = 2**23  # of a line: a report on 200,000 channels, each second one collapsed, is smaller
+MOST_CHANNELS = 10**6  # of all layers; a damaged header could claim any number
 _RANGE = re.compile(r'(\d{1,9})(?:-(\d{1,9}))?', re.ASCII)
 # What reading a line of anything may raise.
 _DAMAGES = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -238,8 +239,10 @@ def parse_ranges(ranges: str, channels: int) -> np.ndarray:
     """Read ranges, such as '0-3,7', as a bool mask of shape (channels,).
 
     Raises:
-        ValueError: If a part is no range of these channels.
+        ValueError: If a part is no range of these channels, or if they are too many.
     """
+    if not 0 <= channels <= MOST_CHANNELS:
+        raise ValueError(f'{channels} is no number of channels from 0 to {MOST_CHANNELS:,}')
     mask = np.zeros(channels, dtype=bool)
     for part in filter(None, ranges.split(',')):
         match = _RANGE.fullmatch(part)

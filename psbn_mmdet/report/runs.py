@@ -19,6 +19,7 @@ from ..records import (
     ENDED_FILE,
     KINDS,
     MOST_BYTES,
+    MOST_CHANNELS,
     RECORD_FILE,
     NoReportError,
     find_snapshots,
@@ -31,7 +32,7 @@ from ..records import (
 from .thinning import Columns
 
 # What a record may claim, so that a damaged one takes no memory without bound.
-MOST_CHANNELS, MOST_LAYERS, MOST_CHANGES, MOST_K = 10**6, 10**4, 2 * 10**7, 10**6
+MOST_LAYERS, MOST_CHANGES, MOST_K = 10**4, 2 * 10**7, 10**6
 _COUNTS = {int, type(None)}
 SCORES = {'AP': r'(.*/)?(bbox_)?m?AP', 'AP50': r'(.*/)?(bbox_)?m?AP_?50'}
 SCORE_LOG = Path('vis_data', 'scalars.json')  # in a run's log folder

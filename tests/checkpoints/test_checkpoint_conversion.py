@@ -221,7 +221,7 @@ def test_what_is_revived_and_what_is_left_alone_is_told():
 
 def test_nothing_to_convert_is_an_error():
     psbn, _ = convert_checkpoint(torch.nn.BatchNorm2d(4).state_dict(), 'psbn')
-    with pytest.raises(CheckpointError, match='no BN to convert, the layers are psBN'):
+    with pytest.raises(CheckpointError, match=r'no BN to convert \(psBN is all there is\): give'):
         convert_checkpoint(psbn, 'psbn')
-    with pytest.raises(CheckpointError, match='no psBN to convert, no norm layer at all'):
+    with pytest.raises(CheckpointError, match=r'no psBN to convert \(no norm layer is all'):
         convert_checkpoint(torch.nn.Linear(2, 2).state_dict(), 'bn')

@@ -44,6 +44,12 @@ def test_ranges_round_trip_on_random_masks():
         assert (parse_ranges(format_ranges(mask), 64) == mask).all()
 
 
+@pytest.mark.parametrize('channels', [-1, 10**6 + 1, 10**13])
+def test_ranges_of_more_channels_than_there_can_be_take_no_memory(channels):
+    with pytest.raises(ValueError, match='is no number of channels from 0 to 1,000,000'):
+        parse_ranges('0', channels)
+
+
 def test_what_is_written_is_read(path):
     records = read_records(path)
     assert records.header['layers'] == HEADER['layers']

@@ -23,8 +23,9 @@ from cases import count
 from mmengine.config import Config
 from torch import nn
 
-from psbn_mmdet.checkpoints import read_content
+from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.commands import audit, convert, report
+from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.preflight import PreflightError, check_test_config, check_train_config
 from psbn_mmdet.records import RecordWriter, write_snapshot
 from psbn_mmdet.report import read_run
@@ -469,7 +470,7 @@ CLAIMS = {
 }
 LIMITED = """
 import contextlib, io, json, re, resource, sys, time
-from psbn_mmdet.checkpoints import read_content
+from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.commands import audit, convert
 
 def memory(what):
@@ -633,6 +634,37 @@ def test_onnx_graphs_that_would_fill_the_memory(tmp_path):
     claiming.dims[0] = 10**12
     graph(tmp_path / 'a.onnx', claiming)
     assert 'has no values of b that can be read' in tool(audit.main, tmp_path / 'a.onnx')
+
+
+def test_onnx_values_that_are_no_numbers(tmp_path):
+    onnx = pytest.importorskip('onnx')
+    for values in (np.ones(4, np.complex64), np.array(['a'] * 4, object)):
+        count()
+        graph(tmp_path / 'a.onnx', onnx.numpy_helper.from_array(values, 'b'))
+        assert 'has values of b that are no real numbers' in tool(audit.main, tmp_path / 'a.onnx')
+
+
+def test_onnx_layers_of_one_name(tmp_path):
+    onnx = pytest.importorskip('onnx')
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    for scale in ('s', 'bn.weight', '.weight'):
+        count()
+        names = [scale, 'b', 'm', 'v']
+        ones = [onnx.numpy_helper.from_array(np.ones(4, np.float32), name) for name in names]
+        edges = ['x', 'y', 'z', 'out']
+        norms = [
+            helper.make_node('BatchNormalization', [before, *names], [after], name='bn')
+            for before, after in zip(edges, edges[1:])
+        ]
+        ends = [helper.make_tensor_value_info(name, float32, None) for name in ('x', 'out')]
+        whole = helper.make_graph(norms, 'graph', ends[:1], ends[1:], ones)
+        (tmp_path / 'a.onnx').write_bytes(helper.make_model(whole).SerializeToString())
+        found = read_weights(tmp_path / 'a.onnx')
+        assert list(found.rectifiers) == ['bn', 'z', 'out']
+        assert len(find_norm_states(found.state_dict)) == 3
+    whole.node.append(norms[2])
+    (tmp_path / 'a.onnx').write_bytes(helper.make_model(whole).SerializeToString())
+    assert 'has several layers of the name out' in tool(audit.main, tmp_path / 'a.onnx')
 
 
 # Names
