@@ -375,7 +375,8 @@ def _judge(
     unstarted: np.ndarray,
 ) -> LayerCensus:
     begun = ~unstarted
-    with np.errstate(invalid='ignore'):  # NaN and infinity are broken, and nothing else
+    # NaN and infinity are broken, and nothing else; of what k makes infinite the sign is right.
+    with np.errstate(invalid='ignore', over='ignore'):
         vanished = (np.abs(gamma) <= tau) & begun
         dead = rectifier_closed(gamma, bias, k) & begun
     return LayerCensus(

@@ -29,6 +29,16 @@ def test_vanished_dead_trapped_and_their_union():
     assert census_of_model(model, tau=0.6).count('vanished') == 4
 
 
+@pytest.mark.filterwarnings('error::RuntimeWarning')
+def test_the_largest_numbers_are_judged_like_others():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+    model[1].weight.data = torch.tensor([3e38, -3e38, 1e38])
+    model[1].bias.data = torch.tensor([-3e38, 3e38, -3.1e38])
+    layer = census_of_model(model, rectifiers={'1': 'relu'})['1']
+    assert layer.dead.tolist() == [False, False, True]
+    assert not layer.broken.any()
+
+
 def test_psbn_is_judged_by_its_bias():
     model = nn.Sequential(PostShiftedBatchNorm2d(2, shift=0.3))
     model[0].weight.data.zero_()
