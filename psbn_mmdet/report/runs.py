@@ -443,8 +443,8 @@ class _Reading:
 
     def take_report(self, report: dict[str, Any]) -> None:
         iteration = report['iter']
-        for value in (report['epoch'], report['steps'], report['total']['collapsed']):
-            _integer(value)
+        _integer(report['epoch'])
+        _integer(report['total']['collapsed'])
         counts = [_count(report['total'].get(kind)) for kind in self.counts]
         rate = _number(next(iter(report['lr'].values()), math.nan))
         for kind in self.counts:

@@ -1,8 +1,6 @@
 """The forecast against real trainings, and what it says."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from small_run import Classifier, channels_of, records_of, run, texts
 from torch import nn
 
 from psbn_mmdet.collapse import census_of_model, find_norms
+from psbn_mmdet.commands.audit import main
 from psbn_mmdet.forecast import Course, Part, courses, make_forecast
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
@@ -277,25 +276,32 @@ def demo(tmp_path_factory, coco_root):
     return folder
 
 
-def audit(folder, *arguments):
-    command = [sys.executable, ROOT / 'tools/audit.py', *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+@pytest.fixture
+def audit(demo, monkeypatch, capsys):
+    """A function that audits the checkpoint with a config, and returns what is said."""
+    monkeypatch.chdir(demo)
+
+    def audit(config: str, *arguments: str) -> str:
+        code = main(['bn.pth', '--config', config, *arguments])
+        said, error = capsys.readouterr()
+        assert (code, error) == (0, '')
+        return said
+
+    return audit
 
 
-def test_the_audit_tells_it_before_any_training(demo):
-    result = audit(demo, 'bn.pth', '--config', 'train.py')
-    assert result.returncode == 0, result.stderr
-    shown = result.stdout
+def test_the_audit_tells_it_before_any_training(audit):
+    shown = audit('train.py')
     assert 'weight decay 0.01' in shown and '│ RecoveryHook ' in shown
     # 16 epochs of 8 images, 4 at a time.
     assert 'Forecast: of 6 closed filters RecoveryHook(steps=4) opens 6 by iteration 32' in shown
-    told = json.loads(audit(demo, 'bn.pth', '--config', 'train.py', '--format', 'json').stdout)
+    told = json.loads(audit('train.py', '--format', 'json'))
     (part,) = told['forecast']['parts']
     assert told['forecast']['iterations'] == 32
     assert part['closed'] == 6 and part['weight decay'] == [] and len(part['RecoveryHook']) == 6
 
 
-def test_an_audit_goes_on_without_a_forecast(demo):
+def test_an_audit_goes_on_without_a_forecast(demo, audit):
     text = (demo / 'train.py').read_text()
     (demo / 'no_data.py').write_text(text.replace("data_root = '", "data_root = 'nowhere"))
     (demo / 'model.py').write_text(f'{text}\ntrain_dataloader = None\n')
@@ -312,9 +318,8 @@ def test_an_audit_goes_on_without_a_forecast(demo):
         ('model.py', 'the config has no train_dataloader'),
         ('frozen.py', 'the config trains no psBN'),
     ):
-        result = audit(demo, 'bn.pth', '--config', config)
-        assert result.returncode == 0, result.stderr
-        assert 'No forecast of a training with psBN: ' in result.stdout and why in result.stdout
-    result = audit(demo, 'bn.pth', '--config', 'bn.py')
-    assert 'Forecast with --norm psBN: of 6 closed filters RecoveryHook(steps=4)' in result.stdout
-    assert 'INFO' not in result.stdout + result.stderr
+        said = audit(config)
+        assert 'No forecast of a training with psBN: ' in said and why in said
+    said = audit('bn.py')
+    assert 'Forecast with --norm psBN: of 6 closed filters RecoveryHook(steps=4)' in said
+    assert 'INFO' not in said

@@ -237,7 +237,6 @@ def damages() -> dict:
         'channels of a layer that is not': lambda r: r['channels']['new'].update({'7': '1'}),
         'channels that are no numbers': lambda r: r['channels']['new'].update({'0': 'x'}),
         'an iteration out of order': lambda r: r.update(iter=50),
-        'fewer steps than none': lambda r: r.update(steps=-1),
         'an iteration that is none': lambda r: r.update(iter='100'),
         'a learning rate that is a word': lambda r: r.update(lr={'lr': 'high'}),
     }
