@@ -353,6 +353,25 @@ def test_imagenet(work_dir, cells, tmp_path):
     assert {s['stage'] for s in courses} >= {'backbone.conv1', 'neck', 'bbox_head'}
 
 
+def test_settings_are_put_together_by_seed():
+    """Runs of one seed are not independent: of all settings there are as many pairs as seeds."""
+    import imagenet
+
+    rows = [
+        dict(arm=arm, times=times, norm_eval=False, seed=seed, AP=0.1 * times + 0.01 * seed * i)
+        for times in (1, 4)
+        for seed in range(3)
+        for i, arm in enumerate(imagenet.COLOURS)
+    ]
+    lonely = dict(rows[0], norm_eval=True, AP=0.9)  # BN alone is no pair
+    cells, contrasts = imagenet.compare([*rows, lonely])
+    assert len(cells) == 7
+    found = [c for c in contrasts if c['contrast'].startswith('all settings')]
+    assert [c['seeds'] for c in found] == [3, 3]
+    assert [c['mean'] for c in found] == pytest.approx([0.01, 0.02])
+    assert len([c for c in contrasts if 'lr x 4' in c['contrast']]) == 2
+
+
 def test_weights_of_imagenet_get_mmdetections_names():
     import imagenet
 

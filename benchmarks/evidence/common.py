@@ -260,10 +260,8 @@ def mean_ci(values: Sequence[float]) -> list[float]:
     return [_short(v) for v in (mean, float(mean - half), float(mean + half))]
 
 
-def contrast(name: str, larger: Mapping[Any, float], smaller: Mapping[Any, float]) -> dict:
+def contrast(name: str, larger: Mapping[int, float], smaller: Mapping[int, float]) -> dict:
     """The difference of two arms, paired by the seeds that both have, and what follows from it.
-
-    Where several settings are taken together, their scores are keyed by setting and seed.
 
     ``detectable`` is the true difference that such a comparison finds 4 times in 5: (t(0.975) +
     t(0.8)) standard errors.
@@ -300,7 +298,7 @@ def cell_of(
 
 
 def contrasts_of(
-    scores: Mapping[str, Mapping[Any, float]],
+    scores: Mapping[str, Mapping[int, float]],
     pairs: Mapping[str, tuple[str, str]],
     before: str = '',
 ) -> list[dict]:
@@ -308,7 +306,7 @@ def contrasts_of(
     return [
         contrast(before + name, scores[larger], scores[smaller])
         for name, (larger, smaller) in pairs.items()
-        if larger in scores and smaller in scores
+        if scores.get(larger) and scores.get(smaller)
     ]
 
 

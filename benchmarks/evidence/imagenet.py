@@ -158,9 +158,13 @@ def name_of(times: int, norm_eval: bool) -> str:
 
 
 def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The arms' means in each setting, and their contrasts, at last those of all settings."""
+    """The arms' means in each setting, and their contrasts, at last those of all settings.
+
+    There a seed counts once, with its mean over the settings in which it has all arms: runs of one
+    seed see the same images in the same order, and are not independent.
+    """
     cells, contrasts = [], []
-    of_all: dict[str, dict] = {}
+    of_seeds: dict[int, list[list[float]]] = {}
     for times, norm_eval in dict.fromkeys((row['times'], row['norm_eval']) for row in rows):
         scores = {}
         setting = name_of(times, norm_eval)
@@ -174,10 +178,13 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
                 counts = ('collapsed_first', 'collapsed', 'trapped', 'new', 'revived')
                 cell, scores[arm] = cell_of(mine, 'AP', counts)
                 cells.append({'setting': setting, 'arm': arm, **cell})
-                of_all.setdefault(arm, {}).update(
-                    {(setting, seed): score for seed, score in scores[arm].items()}
-                )
         contrasts += contrasts_of(scores, CONTRASTS, f'{setting}: ')
+        for seed in set.intersection(*(set(scores.get(arm, ())) for arm in COLOURS)):
+            of_seeds.setdefault(seed, []).append([scores[arm][seed] for arm in COLOURS])
+    means = {seed: np.mean(found, 0) for seed, found in of_seeds.items()}
+    of_all = {
+        arm: {seed: float(mean[i]) for seed, mean in means.items()} for i, arm in enumerate(COLOURS)
+    }
     return cells, contrasts + contrasts_of(of_all, CONTRASTS, 'all settings: ')
 
 
