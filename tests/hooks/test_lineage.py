@@ -55,6 +55,17 @@ def test_a_new_run_in_the_same_work_dir_starts_its_own_record(tmp_path):
     assert len(list(tmp_path.glob('*/collapse.jsonl'))) == 2
 
 
+def test_a_run_that_is_resumed_past_its_end_leaves_the_record_as_it_is(tmp_path):
+    first = resumable(tmp_path, 2)
+    before = (Path(first.log_dir) / 'collapse.jsonl').read_bytes()
+    second = resumable(tmp_path, 1, resume=True)
+    assert second.iter == 24
+    assert not (Path(second.log_dir) / 'collapse.jsonl').exists()
+    assert find_record(tmp_path).parent == Path(first.log_dir)
+    assert find_record(tmp_path).read_bytes() == before
+    assert 'are off from iteration' not in texts(tmp_path)
+
+
 class Failing(Classifier):
     """Fails in the sixth step."""
 
