@@ -361,7 +361,7 @@ def test_settings_are_put_together_by_seed():
         dict(arm=arm, times=times, norm_eval=False, seed=seed, AP=0.1 * times + 0.01 * seed * i)
         for times in (1, 4)
         for seed in range(3)
-        for i, arm in enumerate(imagenet.COLOURS)
+        for i, arm in enumerate(imagenet.ARMS)
     ]
     lonely = dict(rows[0], norm_eval=True, AP=0.9)  # BN alone is no pair
     cells, contrasts = imagenet.compare([*rows, lonely])
@@ -370,6 +370,14 @@ def test_settings_are_put_together_by_seed():
     assert [c['seeds'] for c in found] == [3, 3]
     assert [c['mean'] for c in found] == pytest.approx([0.01, 0.02])
     assert len([c for c in contrasts if 'lr x 4' in c['contrast']]) == 2
+
+
+def test_the_start_of_new_layers_is_theirs_alone():
+    import imagenet
+
+    biases = imagenet.biases_of_new_layers()
+    assert {name.split('.')[0] for name in biases} == {'neck', 'bbox_head'}
+    assert all(name.endswith('.bias') and (b == 0.1).all() for name, b in biases.items())
 
 
 def test_weights_of_imagenet_get_mmdetections_names():

@@ -2,8 +2,9 @@
 
 MMDetection's SSDLite with public MobileNetV2 weights, on photographs of blood cells at 320 px: BN,
 psBN and psBN with recovery at the baseline's learning rate and at four times that, with the
-statistics of ImageNet in the backbone (norm_eval) or those of the batch. The weights are those of
-networks.py, which says where to get them. Each run is one of tools/train.py.
+statistics of ImageNet in the backbone (norm_eval) or those of the batch. A control at the larger
+rate: BN whose new layers, those of neck and head, start at b = 0.1 as psBN's do. The weights are
+those of networks.py, which says where to get them. Each run is one of tools/train.py.
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import (
-    BLUE,
     IMAGES,
-    ORANGE,
-    RED,
     Experiment,
     cell_of,
     contrasts_of,
@@ -32,17 +30,24 @@ from mmdet.models.backbones import MobileNetV2
 from networks import PACKAGES
 
 from psbn_mmdet.checkpoints import read_weights
+from psbn_mmdet.checkpoints.config_model import model_of_config
+from psbn_mmdet.collapse import find_norms
+from psbn_mmdet.preflight import load_config
 from psbn_mmdet.records import read_records, stage_of
 from psbn_mmdet.report import find_record
 
 WEIGHTS = 'mobilenet_v2-b0353104.pth'
+CONFIG = 'ssdlite_mobilenetv2_photographs'
 LEARNING_RATE = 0.015 * 8 / 192  # the baseline's, for 8 images
 RECOVERY = 'psBN, recovery'
-COLOURS = {'BN': RED, 'psBN': BLUE, RECOVERY: ORANGE}
+ARMS = ('BN', 'psBN', RECOVERY)
+CONTROL = 'BN, starts at 0.1'
 RATES = (1, 4)
 CONTRASTS = {
     'psBN over BN': ('psBN', 'BN'),
     'psBN with recovery over BN': (RECOVERY, 'BN'),
+    'the start alone: BN that starts at 0.1 over BN': (CONTROL, 'BN'),
+    'psBN with recovery over BN that starts at 0.1': (RECOVERY, CONTROL),
 }
 OPTIONS = [
     ('--jobs', '2', 'runs at a time'),
@@ -67,6 +72,16 @@ def as_backbone(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(names, features))
 
 
+def biases_of_new_layers() -> dict[str, torch.Tensor]:
+    """The biases at 0.1 of those norms of BN's model that ImageNet's weights have not."""
+    norms = find_norms(model_of_config(load_config(str(CONFIGS / f'{CONFIG}.py'))))
+    return {
+        f'{name}.bias': torch.full_like(norm.bias, 0.1)
+        for name, norm in norms.items()
+        if not name.startswith('backbone.')
+    }
+
+
 class Finetuning:
     """The runs, in a work dir."""
 
@@ -76,6 +91,8 @@ class Finetuning:
         self.backbone = self.folder / 'mobilenet_v2.pth'
         state = read_weights(weights).state_dict
         torch.save({'state_dict': as_backbone(state)}, self.backbone)
+        self.biases = self.folder / 'biases.pth'
+        torch.save({'state_dict': biases_of_new_layers()}, self.biases)
         images = os.path.abspath(experiment.args.images)
         quick = {**QUICK, 'train_dataloader.batch_size': 4} if experiment.quick else {}
         self.options = {  # of the data set within the one that repeats it
@@ -88,9 +105,9 @@ class Finetuning:
         name = f'{arm.replace(", ", "_")}_{"eval" if norm_eval else "train"}_{times}x_{seed}'
         work_dir = self.folder / name
         recovery = '_recovery' if arm == RECOVERY else ''
-        kind = 'BN' if arm == 'BN' else 'psBN'
+        kind = 'psBN' if arm.startswith('psBN') else 'BN'
         train(
-            CONFIGS / f'ssdlite_mobilenetv2_photographs{recovery}.py',
+            CONFIGS / f'{CONFIG}{recovery}.py',
             work_dir,
             **{f'model.{part}.norm_cfg.type': kind for part in ('backbone', 'neck', 'bbox_head')},
             **{
@@ -98,6 +115,7 @@ class Finetuning:
                 'model.backbone.norm_eval': norm_eval,
                 'optim_wrapper.optimizer.lr': LEARNING_RATE * times,
                 'randomness.seed': seed,
+                'load_from': self.biases if arm == CONTROL else None,
             },
             **self.options,
         )
@@ -134,7 +152,7 @@ def main() -> None:
         for seed in range(1 if quick else int(experiment.args.seeds))
         for times in ((4,) if quick else RATES)
         for norm_eval in ((True,) if quick else (False, True))
-        for arm in ([RECOVERY] if quick else COLOURS)
+        for arm in ([RECOVERY] if quick else ARMS if times == 1 else (*ARMS, CONTROL))
     ]
     runs = experiment.run(settings, finetuning.run, int(experiment.args.jobs))
     rows = [{**setting, **found} for setting, (found,) in runs]
@@ -160,15 +178,15 @@ def name_of(times: int, norm_eval: bool) -> str:
 def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """The arms' means in each setting, and their contrasts, at last those of all settings.
 
-    There a seed counts once, with its mean over the settings in which it has all arms: runs of one
-    seed see the same images in the same order, and are not independent.
+    There a seed counts once, with its mean over the settings in which it has BN and both psBN: runs
+    of one seed see the same images in the same order, and are not independent.
     """
     cells, contrasts = [], []
     of_seeds: dict[int, list[list[float]]] = {}
     for times, norm_eval in dict.fromkeys((row['times'], row['norm_eval']) for row in rows):
         scores = {}
         setting = name_of(times, norm_eval)
-        for arm in COLOURS:
+        for arm in (*ARMS, CONTROL):
             mine = [
                 row
                 for row in rows
@@ -179,11 +197,11 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
                 cell, scores[arm] = cell_of(mine, 'AP', counts)
                 cells.append({'setting': setting, 'arm': arm, **cell})
         contrasts += contrasts_of(scores, CONTRASTS, f'{setting}: ')
-        for seed in set.intersection(*(set(scores.get(arm, ())) for arm in COLOURS)):
-            of_seeds.setdefault(seed, []).append([scores[arm][seed] for arm in COLOURS])
+        for seed in set.intersection(*(set(scores.get(arm, ())) for arm in ARMS)):
+            of_seeds.setdefault(seed, []).append([scores[arm][seed] for arm in ARMS])
     means = {seed: np.mean(found, 0) for seed, found in of_seeds.items()}
     of_all = {
-        arm: {seed: float(mean[i]) for seed, mean in means.items()} for i, arm in enumerate(COLOURS)
+        arm: {seed: float(mean[i]) for seed, mean in means.items()} for i, arm in enumerate(ARMS)
     }
     return cells, contrasts + contrasts_of(of_all, CONTRASTS, 'all settings: ')
 
@@ -204,7 +222,7 @@ def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:
 def draw(rows: list[dict]) -> Figure:
     """Collapsed filters of each stage over the steps, a panel for each setting and arm."""
     settings = list(dict.fromkeys((row['times'], row['norm_eval']) for row in rows))
-    arms = [arm for arm in COLOURS if any(row['arm'] == arm for row in rows)]
+    arms = [arm for arm in (*ARMS, CONTROL) if any(row['arm'] == arm for row in rows)]
     stages = list(dict.fromkeys(step['stage'] for row in rows for step in row['course']))
     figure = Figure(figsize=(3.2 * len(arms), 2.2 * len(settings) + 0.8), layout='constrained')
     axes = figure.subplots(len(settings), len(arms), squeeze=False, sharex=True, sharey=True)
