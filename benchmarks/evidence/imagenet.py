@@ -178,8 +178,8 @@ def name_of(times: int, norm_eval: bool) -> str:
 def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """The arms' means in each setting, and their contrasts, at last those of all settings.
 
-    There a seed counts once, with its mean over the settings in which it has BN and both psBN: runs
-    of one seed see the same images in the same order, and are not independent.
+    There a seed counts once, with its mean, and only if it has BN and both psBN in each setting:
+    runs of one seed see the same images in the same order, and are not independent.
     """
     cells, contrasts = [], []
     of_seeds: dict[int, list[list[float]]] = {}
@@ -199,7 +199,8 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
         contrasts += contrasts_of(scores, CONTRASTS, f'{setting}: ')
         for seed in set.intersection(*(set(scores.get(arm, ())) for arm in ARMS)):
             of_seeds.setdefault(seed, []).append([scores[arm][seed] for arm in ARMS])
-    means = {seed: np.mean(found, 0) for seed, found in of_seeds.items()}
+    most = max(map(len, of_seeds.values()), default=0)
+    means = {seed: np.mean(found, 0) for seed, found in of_seeds.items() if len(found) == most}
     of_all = {
         arm: {seed: float(mean[i]) for seed, mean in means.items()} for i, arm in enumerate(ARMS)
     }
