@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 class WriteError(OSError):
     """Why a file cannot be written, in one sentence."""
+
+
+def is_among(path: str | os.PathLike, files: Iterable[str | os.PathLike]) -> bool:
+    """Whether a path leads to one of some files, also by another name; any may not exist."""
+    return os.path.exists(path) and any(
+        os.path.exists(file) and os.path.samefile(path, file) for file in files
+    )
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 
+from ..atomic import is_among
 from ..checkpoints import read_weights, structure_of_config
 from ..collapse import ASSUMED, census_of_state_dict, compare
 from ..forecast import forecast_of_config
@@ -60,14 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args.checkpoints) > 2:
         parser.error(f'one or two checkpoints, got {len(args.checkpoints)}')
     try:
+        if args.plot and is_among(args.plot, filter(None, (*args.checkpoints, args.config))):
+            raise ValueError(f'{args.plot} is read and is not overwritten: name another file')
         with redirect_stdout(StringIO()):  # MMEngine logs what it builds, data sets what they load
             audit = make_audit(args)
         if args.plot:
-            inputs = [file for file in (*args.checkpoints, args.config) if file]
-            if os.path.exists(args.plot) and any(
-                os.path.exists(file) and os.path.samefile(args.plot, file) for file in inputs
-            ):
-                raise ValueError(f'{args.plot} is read and is not overwritten: name another file')
             plot_audit(audit, args.plot)
         if args.format == 'json':
             say(json.dumps(audit_to_dict(audit), indent=1))

@@ -208,17 +208,7 @@ class CollapseHook(Hook):
                 f'{self._begin + self.window} on, when {self.window} have been watched.'
             )
         self._trace = self._parts.run('dead filters', self._start_trace, runner)
-        unwatched = [
-            layer.name
-            for layer in start.layers
-            if not layer.frozen and layer.name not in self._watch.layers
-        ]
-        if unwatched:
-            runner.logger.warning(
-                f'CollapseHook: trapped filters are not observed in {len(unwatched)} layers, whose '
-                'gamma and beta are in no optimiser, or are those of another layer, too: '
-                f'{", ".join(unwatched)}.'
-            )
+        _warn_of_unwatched(runner, start, self._watch.layers)
 
     def _census(self) -> Census:
         """Of the layers that were there at the start."""
@@ -363,6 +353,17 @@ def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:
         runner.logger.info(
             f'psBN: {sum(read)} of {len(read)} layers were read as BN (beta = bias - shift): the '
             'network computes what it computed with BN.'
+        )
+
+
+def _warn_of_unwatched(runner: Runner, start: Census, watched: set[str]) -> None:
+    trained = [layer.name for layer in start.layers if not layer.frozen]
+    unwatched = [name for name in trained if name not in watched]
+    if unwatched:
+        runner.logger.warning(
+            f'CollapseHook: trapped filters are not observed in {len(unwatched)} layers, whose '
+            'gamma and beta are in no optimiser, or are those of another layer, too: '
+            f'{", ".join(unwatched)}.'
         )
 
 

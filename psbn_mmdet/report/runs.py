@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic import is_among
 from ..records import (
     ENDED_FILE,
     KINDS,
@@ -293,8 +294,7 @@ def is_input(file: str | os.PathLike, path: str | os.PathLike) -> bool:
         record = find_record(path)
     except FileNotFoundError:
         return False
-    inputs = [*_files_of(record), *find_snapshots(record.parent).values()]
-    return os.path.exists(file) and any(os.path.samefile(file, read) for read in inputs)
+    return is_among(file, [*_files_of(record), *find_snapshots(record.parent).values()])
 
 
 def _files_of(record: Path) -> list[Path]:

@@ -470,7 +470,7 @@ CLAIMS = {
 }
 LIMITED = """
 import contextlib, io, json, re, resource, sys, time
-from psbn_mmdet.checkpoints import read_content, read_weights
+from psbn_mmdet.checkpoints import read_content
 from psbn_mmdet.commands import audit, convert
 
 def memory(what):
