@@ -58,6 +58,7 @@ evidence: setup-dev  ## test the paper's claims; ARGS=--quick for a smoke run
 	@$(VENV)/bin/python benchmarks/evidence/recovery.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/detection.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/decay.py $(ARGS)
+	@$(VENV)/bin/python benchmarks/evidence/scratch.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/finetuning.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/imagenet.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/cifar.py $(ARGS)

@@ -474,7 +474,7 @@ def test_arms_of_the_decay_are_what_their_names_say(tmp_path):
         'psBN x 50, recovery': (50, 50, 0.1),
     }.items():
         file = tmp_path / 'arm.py'
-        file.write_text(decay.config_of(arm, tmp_path))
+        decay.write_config(file, arm)
         config = load_config(str(file))
         hooks = [hook.type for hook in config.custom_hooks]
         assert hooks == ['CollapseHook', *['RecoveryHook'] * arm.endswith('recovery')]
@@ -491,6 +491,46 @@ def test_arms_of_the_decay_are_what_their_names_say(tmp_path):
             found = decayed[id(norm.weight)] / plain, decayed[id(shift)] / plain
             assert (*found, norm.bias.mean().item()) == pytest.approx(expected, abs=1e-6), arm
             assert norm.weight.mean() == 1 and norm.running_var.mean() == 1
+
+
+def test_scratch(work_dir, coco_root, cells):
+    run('scratch', work_dir, '--drawn', coco_root, '--images', cells)
+    result = result_of('scratch', work_dir)
+    arms = ['BN x 20, starts at 0.1', 'psBN x 20']
+    assert [row['arm'] for row in rows_of(result['runs'])] == arms
+    assert [row['contrast'].split(': ') for row in rows_of(result['contrasts'])] == [
+        ['RetinaNet, photographs', 'psBN x 20 over BN x 20 that starts at 0.1'],
+        [
+            'RetinaNet, photographs',
+            'the best psBN (psBN x 20) over the best BN (BN x 20, starts at 0.1)',
+        ],
+    ]
+    told = (work_dir / 'scratch.md').read_text()
+    assert all(f'| RetinaNet, photographs | {arm} | 1 | 0.' in told for arm in arms)
+
+
+def test_arms_from_scratch_differ_in_what_their_names_say_alone(tmp_path):
+    """In all norm layers of each detector, with the demo's optimiser and schedule."""
+    import decay
+    import scratch
+
+    file = tmp_path / 'arm.py'
+    demo = load_config(str(decay.DEMO))
+    for task in scratch.TASKS.values():
+        for arm, start in {'BN': 0, 'BN, starts at 0.1': 0.1, 'psBN x 20, recovery': 0.1}.items():
+            base = scratch.CONFIGS / f'{task.config}.py'
+            decay.write_config(file, arm, base=base, more=task.more)
+            config = load_config(str(file))
+            assert config.optim_wrapper.optimizer == demo.optim_wrapper.optimizer
+            last = config.param_scheduler[-1]
+            assert (last.type, last.T_max) == ('CosineAnnealingLR', config.train_cfg.max_epochs)
+            with DefaultScope.overwrite_default_scope('mmdet'):
+                model = model_of_config(config)
+            if config.load_from:
+                model.load_state_dict(read_content(config.load_from)['state_dict'], strict=False)
+            for norm in find_norms(model).values():
+                assert hasattr(norm, 'shift') == arm.startswith('psBN')
+                assert norm.bias.mean().item() == pytest.approx(start)
 
 
 @pytest.fixture(scope='module')

@@ -42,10 +42,10 @@ from mmengine.registry import DefaultScope
 
 from psbn_mmdet.checkpoints.config_model import model_of_config
 from psbn_mmdet.collapse import find_norms
-from psbn_mmdet.layers import PostShiftedBatchNorm
 from psbn_mmdet.preflight import load_config
 
 SHIFT = 0.1
+DEMO = ROOT / 'demo/faster-rcnn_r18_fpn_bn_demo.py'
 WITHOUT = 'psBN x 20, without them'
 MANY, SOME, FEW = 5, 3, 2  # seeds: at 20 times, of the map, and of single controls
 
@@ -108,20 +108,34 @@ LINES = {
 }
 
 
-def config_of(name: str, folder: Path, lost: dict[str, int] | None = None) -> str:
-    """The arm as a config on top of the demo's; what it starts from goes to a folder.
+def write_config(
+    file: Path, name: str, lost: dict[str, int] | None = None, base: Path = DEMO, more: str = ''
+) -> None:
+    """Write an arm as a config on top of one with BN, and beside it what it starts from.
 
-    ``lost`` is how many filters of which layers are taken away.
+    Args:
+        file (Path): The config.
+        name (str): The arm.
+        lost (dict[str, int] | None): How many filters of which layers are taken away.
+        base (Path): Its optimiser is replaced by the demo's. Defaults to the demo.
+        more (str): Lines of the config that follow the base's. Defaults to none.
     """
     arm = ARMS[name]
-    base = ROOT / f'demo/faster-rcnn_r18_fpn_{arm.norm}_demo.py'
     paramwise: dict[str, object] = {'norm_decay_mult': arm.gamma}
     if arm.beta != arm.gamma:
         paramwise['custom_keys'] = {'beta': {'decay_mult': arm.beta}}
+    optimizer = {**load_config(str(DEMO)).optim_wrapper.to_dict(), 'paramwise_cfg': paramwise}
     text = f"""_base_ = {str(base)!r}
-custom_hooks = [dict(type='CollapseHook', interval=50)]
-optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, **{paramwise}))
+{more}custom_hooks = [dict(type='CollapseHook', interval=50)]
+optim_wrapper = dict(_delete_=True, **{optimizer})
 """
+    if arm.norm == 'psbn':
+        model = load_config(str(base)).model
+        parts = [
+            part for part in ('backbone', 'neck', 'bbox_head') if 'norm_cfg' in model.get(part, {})
+        ]
+        norm = dict(norm_cfg=dict(type='psBN'))
+        text += f'model = dict(**{dict.fromkeys(parts, norm)})\n'
     if arm.recovery:
         text += "custom_hooks += [dict(type='RecoveryHook', steps=300)]\n"
     if lost is not None:
@@ -130,18 +144,16 @@ optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, **{paramwise}))
 custom_hooks += [dict(type='TakeAwayHook', channels={channels})]
 """
     if arm.start is not None:
-        biases = folder / f'{arm.norm}_{arm.start}.pth'
         with DefaultScope.overwrite_default_scope('mmdet'):
             norms = find_norms(model_of_config(load_config(str(base))))
         state = {}
         for layer, norm in norms.items():
-            is_psbn = isinstance(norm, PostShiftedBatchNorm)
-            own = norm.beta if is_psbn else norm.bias
-            torch.nn.init.constant_(own, arm.start - (SHIFT if is_psbn else 0))
+            torch.nn.init.constant_(norm.bias, arm.start)
             state |= {f'{layer}.{key}': value for key, value in norm.state_dict().items()}
-        torch.save({'state_dict': state}, biases)
+        biases = file.with_suffix('.pth')
+        torch.save({'state_dict': state}, biases)  # BN's; psBN has its beta from that
         text += f'load_from = {str(biases)!r}\n'
-    return text
+    file.write_text(text)
 
 
 def main() -> None:
@@ -163,7 +175,7 @@ def main() -> None:
             lost = {layer: int(mask.sum()) for layer, mask in masks.items()}
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / f'{work_dir.name}.py'
-        config.write_text(config_of(arm, folder, lost))
+        write_config(config, arm, lost)
         options = {'randomness.seed': seed, 'default_hooks.checkpoint.save_best': None}
         train(config, work_dir, **drawn, **options, **quick)
         remove_checkpoints(work_dir)

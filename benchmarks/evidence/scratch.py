@@ -1,0 +1,175 @@
+"""From scratch with other detectors and data than decay.py's: BN, psBN and BN with psBN's start.
+
+Faster R-CNN on photographs of blood cells, RetinaNet on the drawn data and on the photographs, with
+the demo's optimiser and as many steps: with the weight decay of all other parameters on gamma and
+beta, and with 20 times that. The arms are those of decay.py. Each run is one of tools/train.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from common import (
+    BLUE,
+    GREY,
+    IMAGES,
+    RED,
+    Experiment,
+    cell_of,
+    contrasts_of,
+    contrasts_table,
+    markdown_table,
+    table,
+)
+from decay import write_config
+from detection import (
+    CONFIGS,
+    OPTIONS,
+    QUICK,
+    data_options,
+    drawn_data,
+    outcome,
+    remove_checkpoints,
+    train,
+)
+from matplotlib.figure import Figure
+
+PHOTOGRAPHS = """
+load_from = None
+max_epochs = 28  # 1,456 steps
+train_cfg = dict(max_epochs=max_epochs, val_interval=7)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='CosineAnnealingLR', T_max=max_epochs, eta_min=0, convert_to_iter_based=True),
+]
+"""
+
+
+class Task(NamedTuple):
+    """A detector and its data: a config with BN, and lines that follow it."""
+
+    config: str
+    more: str = ''
+
+
+TASKS = {
+    'Faster R-CNN, photographs': Task('faster-rcnn_r18_fpn_photographs', PHOTOGRAPHS),
+    'RetinaNet, drawn data': Task('retinanet_r18_fpn_drawn'),
+    'RetinaNet, photographs': Task('retinanet_r18_fpn_photographs', PHOTOGRAPHS),
+}
+ARMS = (
+    'BN',
+    'BN, starts at 0.1',
+    'psBN',
+    'BN x 20',
+    'BN x 20, starts at 0.1',
+    'psBN x 20',
+    'psBN x 20, recovery',
+)
+CONTRASTS = {
+    'psBN over BN': ('psBN', 'BN'),
+    'the start alone: BN that starts at 0.1 over BN': ('BN, starts at 0.1', 'BN'),
+    'psBN x 20 over BN x 20': ('psBN x 20', 'BN x 20'),
+    'psBN x 20 with recovery over BN x 20': ('psBN x 20, recovery', 'BN x 20'),
+    'the start alone: BN x 20 that starts at 0.1 over BN x 20': (
+        'BN x 20, starts at 0.1',
+        'BN x 20',
+    ),
+    'psBN x 20 over BN x 20 that starts at 0.1': ('psBN x 20', 'BN x 20, starts at 0.1'),
+}
+
+
+def main() -> None:
+    """Train, write."""
+    experiment = Experiment('scratch', __doc__, [*OPTIONS, IMAGES, ('--seeds', '3', 'of each arm')])
+    if not Path(experiment.args.images, 'annotations/train.json').is_file():
+        print(f'scratch: {experiment.args.images} has no annotations/train.json: skipped')
+        return
+    data = {
+        'drawn data': drawn_data(experiment),
+        'photographs': data_options(os.path.abspath(experiment.args.images)),
+    }
+    folder = experiment.work_dir.resolve() / 'scratch'
+    folder.mkdir(parents=True, exist_ok=True)
+    quick = QUICK if experiment.quick else {}
+
+    def run(task: str, arm: str, seed: int) -> list[dict]:
+        """One run."""
+        work_dir = folder / f'{task}_{arm}_{seed}'.replace(', ', '_').replace(' ', '-')
+        config = folder / f'{work_dir.name}.py'
+        write_config(config, arm, base=CONFIGS / f'{TASKS[task].config}.py', more=TASKS[task].more)
+        options = {'randomness.seed': seed, 'default_hooks.checkpoint.save_best': None}
+        train(config, work_dir, **data[task.split(', ')[1]], **options, **quick)
+        remove_checkpoints(work_dir)
+        return [outcome(work_dir)]
+
+    settings = [
+        dict(task=task, arm=arm, seed=seed)
+        for task in (list(TASKS)[2:] if experiment.quick else TASKS)
+        for seed in range(1 if experiment.quick else int(experiment.args.seeds))
+        for arm in (['BN x 20, starts at 0.1', 'psBN x 20'] if experiment.quick else ARMS)
+    ]
+    runs = experiment.run(settings, run, int(experiment.args.jobs))
+    rows = [{**setting, **found} for setting, (found,) in runs]
+    cells, contrasts = compare(rows)
+    experiment.write(cells=table(cells), contrasts=table(contrasts), runs=table(rows))
+    experiment.save(draw(rows))
+    experiment.tell(
+        markdown_table(
+            ['', '', 'seeds', 'AP', 'collapsed', 'trapped', 'revived'],
+            [
+                [c['task'], c['arm'], c['seeds'], f'{c["AP"]:.3f}']
+                + [f'{c[name]:.0f}' for name in ('collapsed', 'trapped', 'revived')]
+                for c in cells
+            ],
+        )
+        + '\n'
+        + contrasts_table(contrasts, 'AP')
+    )
+
+
+def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The arms' means in each task, and their contrasts, with the best psBN over the best BN."""
+    cells, contrasts = [], []
+    for task in dict.fromkeys(row['task'] for row in rows):
+        scores, mean = {}, {}
+        for arm in ARMS:
+            mine = [row for row in rows if (row['task'], row['arm']) == (task, arm)]
+            if mine:
+                counts = ('collapsed', 'trapped', 'new', 'revived')
+                cell, scores[arm] = cell_of(mine, 'AP', counts)
+                cells.append({'task': task, 'arm': arm, **cell})
+                mean[arm] = cell['AP']
+        pairs = dict(CONTRASTS)
+        kinds = [[arm for arm in mean if arm.startswith(norm)] for norm in ('psBN', 'BN')]
+        if all(kinds):
+            best = tuple(max(kind, key=mean.__getitem__) for kind in kinds)
+            pairs[f'the best psBN ({best[0]}) over the best BN ({best[1]})'] = best
+        contrasts += contrasts_of(scores, pairs, f'{task}: ')
+    return cells, contrasts
+
+
+def draw(rows: list[dict]) -> Figure:
+    """AP of each arm, a panel for each task."""
+    tasks = list(dict.fromkeys(row['task'] for row in rows))
+    figure = Figure(figsize=(2.5 + 3 * len(tasks), 3.6), layout='constrained')
+    for ax, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks):
+        for y, arm in enumerate(ARMS):
+            scores = [row['AP'] for row in rows if (row['task'], row['arm']) == (task, arm)]
+            if scores:
+                ax.plot(scores, [y] * len(scores), 'o', color=GREY, ms=4)
+                colour = RED if arm.startswith('BN') else BLUE
+                ax.plot(sum(scores) / len(scores), y, '|', color=colour, ms=18)
+        ax.set_title(task, fontsize=10)
+        ax.set_yticks(range(len(ARMS)), ARMS)
+        ax.set_xlabel('AP')
+        ax.grid(alpha=0.3, lw=0.5)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle('AP from scratch (dots: runs; bars: their mean)')
+    return figure
+
+
+if __name__ == '__main__':
+    main()
