@@ -381,6 +381,31 @@ def test_the_start_of_new_layers_is_theirs_alone():
     assert all(name.endswith('.bias') and (b == 0.1).all() for name, b in biases.items())
 
 
+def test_what_collapsed_with_bn_is_taken_away(tmp_path, monkeypatch):
+    """BN is trained first where its record is of another work dir."""
+    import imagenet
+
+    trained = []
+    monkeypatch.setattr(imagenet, 'train', lambda *args, **options: trained.append((args, options)))
+    monkeypatch.setattr(imagenet, 'outcome', lambda work_dir: {})
+    monkeypatch.setattr(imagenet, 'course', lambda work_dir: [])
+    lost = {'neck.extra_layers.0.0.bn': np.array([True, False, True])}
+    monkeypatch.setattr(imagenet, 'filters_of', lambda work_dir, kind: lost)
+    finetuning = object.__new__(imagenet.Finetuning)
+    finetuning.folder = finetuning.backbone = tmp_path
+    finetuning.options = {}
+    finetuning.run('psBN, without them', 4, True, 0)
+    kinds = [options['model.neck.norm_cfg.type'] for _, options in trained]
+    assert kinds == ['BN', 'psBN']
+    hooks = load_config(str(trained[1][0][0])).custom_hooks
+    assert [hook.type for hook in hooks] == ['CollapseHook', 'ChannelsLastHook', 'TakeAwayHook']
+    assert hooks[-1].channels == {'neck.extra_layers.0.0.bn': [0, 2]}
+    (tmp_path / 'BN_eval_4x_0').mkdir()
+    (tmp_path / 'BN_eval_4x_0/last_checkpoint').touch()
+    finetuning.run('psBN, without them', 4, True, 0)
+    assert len(trained) == 3
+
+
 def test_weights_of_imagenet_get_mmdetections_names():
     import imagenet
 

@@ -157,6 +157,11 @@ def remove_checkpoints(work_dir: Path) -> None:
         checkpoint.unlink()
 
 
+def is_finished(work_dir: Path) -> bool:
+    """Whether a run has saved checkpoints, and they have been removed after it."""
+    return (work_dir / 'last_checkpoint').exists() and not any(work_dir.glob('*.pth'))
+
+
 def scores_of(work_dir: Path) -> list[dict]:
     """COCO AP of each validation, of the last of equal steps; without detections there is none."""
     found = {}

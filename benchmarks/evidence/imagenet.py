@@ -2,8 +2,9 @@
 
 MMDetection's SSDLite with public MobileNetV2 weights, on photographs of blood cells at 320 px: BN,
 psBN and psBN with recovery at the baseline's learning rate and at four times that, with the
-statistics of ImageNet in the backbone (norm_eval) or those of the batch. A control at the larger
-rate: BN whose new layers, those of neck and head, start at b = 0.1 as psBN's do. The weights are
+statistics of ImageNet in the backbone (norm_eval) or those of the batch. Controls at the larger
+rate: BN whose new layers, those of neck and head, start at b = 0.1 as psBN's do; and psBN without
+the filters that collapse with BN, which are taken away from the first step on. The weights are
 those of networks.py, which says where to get them. Each run is one of tools/train.py.
 """
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from common import (
     IMAGES,
+    ORANGE,
+    RED,
     Experiment,
     cell_of,
     contrasts_of,
@@ -23,8 +26,17 @@ from common import (
     markdown_table,
     table,
 )
-from detection import CONFIGS, QUICK, data_options, outcome, remove_checkpoints, train
-from matplotlib.cm import tab20
+from detection import (
+    CONFIGS,
+    QUICK,
+    data_options,
+    filters_of,
+    is_finished,
+    outcome,
+    remove_checkpoints,
+    train,
+)
+from matplotlib.cm import viridis
 from matplotlib.figure import Figure
 from mmdet.models.backbones import MobileNetV2
 from networks import PACKAGES
@@ -42,12 +54,15 @@ LEARNING_RATE = 0.015 * 8 / 192  # the baseline's, for 8 images
 RECOVERY = 'psBN, recovery'
 ARMS = ('BN', 'psBN', RECOVERY)
 CONTROL = 'BN, starts at 0.1'
+WITHOUT = 'psBN, without them'
+ALL = (*ARMS, CONTROL, WITHOUT)
 RATES = (1, 4)
 CONTRASTS = {
     'psBN over BN': ('psBN', 'BN'),
     'psBN with recovery over BN': (RECOVERY, 'BN'),
     'the start alone: BN that starts at 0.1 over BN': (CONTROL, 'BN'),
     'psBN with recovery over BN that starts at 0.1': (RECOVERY, CONTROL),
+    'what the filters are worth: psBN over psBN without them': ('psBN', WITHOUT),
 }
 OPTIONS = [
     ('--jobs', '2', 'runs at a time'),
@@ -100,14 +115,33 @@ class Finetuning:
             for key, value in {**data_options(images), **quick}.items()
         }
 
+    def without_those_of(self, work_dir: Path) -> Path:
+        """Write a config that takes away what collapsed in a run."""
+        masks = filters_of(work_dir, 'collapsed')
+        channels = {layer: np.flatnonzero(mask).tolist() for layer, mask in masks.items()}
+        config = self.folder / f'without_{work_dir.name}.py'
+        config.write_text(f"""_base_ = {str(CONFIGS / f'{CONFIG}.py')!r}
+custom_imports = dict(imports=['psbn_mmdet', 'ssd_on_cpus', 'take_away'])
+custom_hooks = _base_.custom_hooks + [dict(type='TakeAwayHook', channels={channels})]
+""")
+        return config
+
     def run(self, arm: str, times: int, norm_eval: bool, seed: int) -> list[dict]:
         """Finetune."""
-        name = f'{arm.replace(", ", "_")}_{"eval" if norm_eval else "train"}_{times}x_{seed}'
-        work_dir = self.folder / name
-        recovery = '_recovery' if arm == RECOVERY else ''
+
+        def folder_of(arm: str) -> Path:
+            statistics = 'eval' if norm_eval else 'train'
+            return self.folder / f'{arm.replace(", ", "_")}_{statistics}_{times}x_{seed}'
+
+        work_dir = folder_of(arm)
+        config = CONFIGS / f'{CONFIG}{"_recovery" if arm == RECOVERY else ""}.py'
+        if arm == WITHOUT:
+            if not is_finished(folder_of('BN')):  # in this work dir, which has its record
+                self.run('BN', times, norm_eval, seed)
+            config = self.without_those_of(folder_of('BN'))
         kind = 'psBN' if arm.startswith('psBN') else 'BN'
         train(
-            CONFIGS / f'{CONFIG}{recovery}.py',
+            config,
             work_dir,
             **{f'model.{part}.norm_cfg.type': kind for part in ('backbone', 'neck', 'bbox_head')},
             **{
@@ -154,7 +188,10 @@ def main() -> None:
         for norm_eval in ((True,) if quick else (False, True))
         for arm in ([RECOVERY] if quick else ARMS if times == 1 else (*ARMS, CONTROL))
     ]
-    runs = experiment.run(settings, finetuning.run, int(experiment.args.jobs))
+    jobs = int(experiment.args.jobs)
+    runs = experiment.run(settings, finetuning.run, jobs)
+    without = [{**s, 'arm': WITHOUT} for s in settings if s['times'] == 4 and s['arm'] == 'BN']
+    runs += experiment.run(without, finetuning.run, jobs)  # after those that they are like
     rows = [{**setting, **found} for setting, (found,) in runs]
     cells, contrasts = compare(rows)
     courses = [
@@ -186,7 +223,7 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     for times, norm_eval in dict.fromkeys((row['times'], row['norm_eval']) for row in rows):
         scores = {}
         setting = name_of(times, norm_eval)
-        for arm in (*ARMS, CONTROL):
+        for arm in ALL:
             mine = [
                 row
                 for row in rows
@@ -223,10 +260,16 @@ def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:
 def draw(rows: list[dict]) -> Figure:
     """Collapsed filters of each stage over the steps, a panel for each setting and arm."""
     settings = list(dict.fromkeys((row['times'], row['norm_eval']) for row in rows))
-    arms = [arm for arm in (*ARMS, CONTROL) if any(row['arm'] == arm for row in rows)]
+    arms = [arm for arm in ALL if any(row['arm'] == arm for row in rows)]
     stages = list(dict.fromkeys(step['stage'] for row in rows for step in row['course']))
+    deep = [stage for stage in stages if stage.startswith('backbone')]
+    colours = {
+        'neck': ORANGE,
+        'bbox_head': RED,
+        **dict(zip(deep, viridis(np.linspace(0, 1, len(deep))))),
+    }
     figure = Figure(figsize=(3.2 * len(arms), 2.2 * len(settings) + 0.8), layout='constrained')
-    axes = figure.subplots(len(settings), len(arms), squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(len(settings), len(arms), squeeze=False, sharex=True, sharey='row')
     for row_of_axes, setting in zip(axes, settings):
         for ax, arm in zip(row_of_axes, arms):
             steps = [
@@ -249,7 +292,9 @@ def draw(rows: list[dict]) -> Figure:
                 ]
                 for stage in stages
             ]
-            ax.stackplot(iterations, heights, labels=stages, lw=0, colors=tab20.colors)
+            ax.stackplot(
+                iterations, heights, labels=stages, lw=0, colors=[colours[s] for s in stages]
+            )
     for ax in axes[-1]:
         ax.set_xlabel('step')
     for ax in axes[:, 0]:
