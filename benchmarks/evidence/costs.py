@@ -1,9 +1,9 @@
 """What collapse costs, and what a cure gains, network by network, from the other scripts' results.
 
 The worth of the filters that BN loses is how much less a psBN network scores without them: without
-as many from the first step on (decay.py, cifar.py), or, in a finetuning, without those that
-recovery has opened, taken away at the end (finetuning.py). It bounds what a cure can gain by
-keeping filters.
+as many (decay.py, cifar.py) or the same (imagenet.py) from the first step on, or, in a finetuning,
+without those that recovery has opened, taken away at the end (finetuning.py). It bounds what a cure
+can gain by keeping filters.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ SOURCES = (
         'what the filters are worth: psBN over psBN without them',
         'psBN x 20 over BN x 20',
         'BN x 20',
+    ),
+    Source(
+        'imagenet',
+        'SSDLite from ImageNet, {}',
+        'what the filters are worth: psBN over psBN without them',
+        'psBN over BN',
     ),
     Source(
         'finetuning',
@@ -75,7 +81,8 @@ def gather() -> list[dict]:
                 cell['collapsed']
                 for cell in rows_of(result['cells'])
                 if cell['arm'] == source.bn
-                and network in ('', f'{cell.get("network")}, {cell.get("regime")}')
+                and network
+                in ('', cell.get('setting'), f'{cell.get("network")}, {cell.get("regime")}')
             )
             for kind, end in (('worth', source.worth), ('gain', source.gain)):
                 row = dict(contrasts[before + end])
