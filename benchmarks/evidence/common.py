@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -308,6 +309,24 @@ def contrasts_of(
         for name, (larger, smaller) in pairs.items()
         if scores.get(larger) and scores.get(smaller)
     ]
+
+
+def best_pair(means: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+    """The arms of psBN and of BN with the best mean as a pair, if both have any."""
+    kinds = [[arm for arm in means if arm.startswith(norm)] for norm in ('psBN', 'BN')]
+    if not all(kinds):
+        return {}
+    psbn, bn = (max(kind, key=means.__getitem__) for kind in kinds)
+    return {f'the best psBN ({psbn}) over the best BN ({bn})': (psbn, bn)}
+
+
+def plot_arms(ax: Axes, scores: Mapping[str, Sequence[float]]) -> None:
+    """A line for each arm: dots for its runs, a bar for their mean; nothing where none was run."""
+    for y, (arm, found) in enumerate(scores.items()):
+        if found:
+            ax.plot(found, [y] * len(found), 'o', color=GREY, ms=4)
+            ax.plot(np.mean(found), y, '|', color=RED if arm.startswith('BN') else BLUE, ms=18)
+    ax.set_yticks(range(len(scores)), list(scores))
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

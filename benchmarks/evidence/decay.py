@@ -17,20 +17,22 @@ from typing import NamedTuple
 import torch
 from common import (
     BLUE,
-    GREY,
     ORANGE,
     RED,
     ROOT,
     Experiment,
+    best_pair,
     cell_of,
     contrasts_of,
     contrasts_table,
     markdown_table,
+    plot_arms,
     table,
 )
 from detection import (
     OPTIONS,
     QUICK,
+    biases_at,
     drawn_data,
     filters_of,
     outcome,
@@ -38,10 +40,7 @@ from detection import (
     train,
 )
 from matplotlib.figure import Figure
-from mmengine.registry import DefaultScope
 
-from psbn_mmdet.checkpoints.config_model import model_of_config
-from psbn_mmdet.collapse import find_norms
 from psbn_mmdet.preflight import load_config
 
 SHIFT = 0.1
@@ -144,14 +143,8 @@ optim_wrapper = dict(_delete_=True, **{optimizer})
 custom_hooks += [dict(type='TakeAwayHook', channels={channels})]
 """
     if arm.start is not None:
-        with DefaultScope.overwrite_default_scope('mmdet'):
-            norms = find_norms(model_of_config(load_config(str(base))))
-        state = {}
-        for layer, norm in norms.items():
-            torch.nn.init.constant_(norm.bias, arm.start)
-            state |= {f'{layer}.{key}': value for key, value in norm.state_dict().items()}
         biases = file.with_suffix('.pth')
-        torch.save({'state_dict': state}, biases)  # BN's; psBN has its beta from that
+        torch.save({'state_dict': biases_at(base, arm.start)}, biases)
         text += f'load_from = {str(biases)!r}\n'
     file.write_text(text)
 
@@ -218,19 +211,8 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
         mine = [row for row in rows if row['arm'] == arm]
         cell, scores[arm] = cell_of(mine, 'AP', ('collapsed', 'new', 'revived'))
         cells.append({'arm': arm, **cell})
-    pairs = dict(CONTRASTS)
-    whole = [cell for cell in cells if cell['arm'] != WITHOUT]
-    best = {
-        norm: max((c for c in whole if ARMS[c['arm']].norm == norm), key=lambda c: c['AP'])['arm']
-        for norm in ('psbn', 'bn')
-        if any(ARMS[c['arm']].norm == norm for c in whole)
-    }
-    if len(best) == 2:
-        pairs[f'the best psBN ({best["psbn"]}) over the best BN ({best["bn"]})'] = (
-            best['psbn'],
-            best['bn'],
-        )
-    return cells, contrasts_of(scores, pairs)
+    whole = {cell['arm']: cell['AP'] for cell in cells if cell['arm'] != WITHOUT}
+    return cells, contrasts_of(scores, CONTRASTS | best_pair(whole))
 
 
 def draw(cells: list[dict], rows: list[dict]) -> Figure:
@@ -258,11 +240,7 @@ def draw(cells: list[dict], rows: list[dict]) -> Figure:
         ax.set_ylabel(label)
     left.legend()
     controls = [name for name in by_arm if 20 in (ARMS[name].gamma, ARMS[name].beta)]
-    for y, name in enumerate(controls):
-        scores = [row['AP'] for row in rows if row['arm'] == name]
-        right.plot(scores, [y] * len(scores), 'o', color=GREY, ms=4)
-        right.plot(by_arm[name]['AP'], y, '|', color=RED if name.startswith('BN') else BLUE, ms=18)
-    right.set_yticks(range(len(controls)), controls)
+    plot_arms(right, {arm: [row['AP'] for row in rows if row['arm'] == arm] for arm in controls})
     right.invert_yaxis()
     right.set_xlabel('AP (dots: runs; bars: their mean)')
     most = max(cells, key=lambda cell: cell['AP'])

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from common import BLUE, GREEN, GREY, IMAGES, ORANGE, PINK, RED, ROOT, Experiment, mean_ci, table
 from matplotlib.figure import Figure
+from mmengine.registry import DefaultScope
 
 from psbn_mmdet.checkpoints import (
     convert_checkpoint,
@@ -24,6 +26,8 @@ from psbn_mmdet.checkpoints import (
     structure_of_config,
     write_content,
 )
+from psbn_mmdet.checkpoints.config_model import model_of_config
+from psbn_mmdet.collapse import find_norms
 from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.preflight import load_config
 from psbn_mmdet.records import read_records
@@ -144,6 +148,13 @@ def drawn_data(experiment: Experiment) -> dict[str, object]:
     if not Path(root, 'annotations/train.json').is_file():
         subprocess.check_call([sys.executable, ROOT / 'demo/make_dataset.py', root])
     return data_options(root)
+
+
+def biases_at(config: Path, value: float) -> dict[str, torch.Tensor]:
+    """The biases of all norms of a config with BN, at a value; psBN takes its beta from them."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        norms = find_norms(model_of_config(load_config(str(config))))
+    return {f'{name}.bias': torch.full_like(norm.bias, value) for name, norm in norms.items()}
 
 
 def last_checkpoint(work_dir: Path) -> Path:

@@ -29,6 +29,7 @@ from common import (
 from detection import (
     CONFIGS,
     QUICK,
+    biases_at,
     data_options,
     filters_of,
     is_finished,
@@ -42,9 +43,6 @@ from mmdet.models.backbones import MobileNetV2
 from networks import PACKAGES
 
 from psbn_mmdet.checkpoints import read_weights
-from psbn_mmdet.checkpoints.config_model import model_of_config
-from psbn_mmdet.collapse import find_norms
-from psbn_mmdet.preflight import load_config
 from psbn_mmdet.records import read_records, stage_of
 from psbn_mmdet.report import find_record
 
@@ -89,12 +87,8 @@ def as_backbone(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def biases_of_new_layers() -> dict[str, torch.Tensor]:
     """The biases at 0.1 of those norms of BN's model that ImageNet's weights have not."""
-    norms = find_norms(model_of_config(load_config(str(CONFIGS / f'{CONFIG}.py'))))
-    return {
-        f'{name}.bias': torch.full_like(norm.bias, 0.1)
-        for name, norm in norms.items()
-        if not name.startswith('backbone.')
-    }
+    biases = biases_at(CONFIGS / f'{CONFIG}.py', 0.1)
+    return {name: value for name, value in biases.items() if not name.startswith('backbone.')}
 
 
 class Finetuning:

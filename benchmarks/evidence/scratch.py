@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import (
-    BLUE,
-    GREY,
     IMAGES,
-    RED,
     Experiment,
+    best_pair,
     cell_of,
     contrasts_of,
     contrasts_table,
     markdown_table,
+    plot_arms,
     table,
 )
 from decay import write_config
@@ -134,19 +133,16 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """The arms' means in each task, and their contrasts, with the best psBN over the best BN."""
     cells, contrasts = [], []
     for task in dict.fromkeys(row['task'] for row in rows):
-        scores, mean = {}, {}
+        scores, means = {}, {}
         for arm in ARMS:
             mine = [row for row in rows if (row['task'], row['arm']) == (task, arm)]
             if mine:
                 counts = ('collapsed', 'trapped', 'new', 'revived')
                 cell, scores[arm] = cell_of(mine, 'AP', counts)
                 cells.append({'task': task, 'arm': arm, **cell})
-                mean[arm] = cell['AP']
-        pairs = dict(CONTRASTS)
-        if len(mean) == len(ARMS):  # of some arms alone the best tell nothing
-            kinds = [[arm for arm in mean if arm.startswith(norm)] for norm in ('psBN', 'BN')]
-            best = tuple(max(kind, key=mean.__getitem__) for kind in kinds)
-            pairs[f'the best psBN ({best[0]}) over the best BN ({best[1]})'] = best
+                means[arm] = cell['AP']
+        whole = len(means) == len(ARMS)  # of some arms alone the best tell nothing
+        pairs = CONTRASTS | (best_pair(means) if whole else {})
         contrasts += contrasts_of(scores, pairs, f'{task}: ')
     return cells, contrasts
 
@@ -156,14 +152,9 @@ def draw(rows: list[dict]) -> Figure:
     tasks = list(dict.fromkeys(row['task'] for row in rows))
     figure = Figure(figsize=(2.5 + 3 * len(tasks), 3.6), layout='constrained')
     for ax, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks):
-        for y, arm in enumerate(ARMS):
-            scores = [row['AP'] for row in rows if (row['task'], row['arm']) == (task, arm)]
-            if scores:
-                ax.plot(scores, [y] * len(scores), 'o', color=GREY, ms=4)
-                colour = RED if arm.startswith('BN') else BLUE
-                ax.plot(sum(scores) / len(scores), y, '|', color=colour, ms=18)
+        mine = [row for row in rows if row['task'] == task]
+        plot_arms(ax, {arm: [row['AP'] for row in mine if row['arm'] == arm] for arm in ARMS})
         ax.set_title(task, fontsize=10)
-        ax.set_yticks(range(len(ARMS)), ARMS)
         ax.set_xlabel('AP')
         ax.grid(alpha=0.3, lw=0.5)
     figure.axes[0].invert_yaxis()
