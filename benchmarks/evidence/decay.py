@@ -35,6 +35,7 @@ from detection import (
     biases_at,
     drawn_data,
     filters_of,
+    is_finished,
     outcome,
     remove_checkpoints,
     train,
@@ -164,7 +165,10 @@ def main() -> None:
         work_dir = folder_of(arm, seed)
         lost = None
         if arm == WITHOUT:
-            masks = filters_of(folder_of('BN x 20', seed), 'collapsed')
+            bn = folder_of('BN x 20', seed)
+            if not is_finished(bn):  # in this work dir, which has its record
+                run('BN x 20', seed)
+            masks = filters_of(bn, 'collapsed')
             lost = {layer: int(mask.sum()) for layer, mask in masks.items()}
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / f'{work_dir.name}.py'
