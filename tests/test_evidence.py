@@ -525,13 +525,13 @@ def test_scratch(work_dir, coco_root, cells):
     assert [row['arm'] for row in rows_of(result['runs'])] == arms
     (contrast,) = rows_of(result['contrasts'])
     assert contrast['contrast'] == (
-        'RetinaNet, photographs: psBN x 20 over BN x 20 that starts at 0.1'
+        'RetinaNet, photographs, steps x 3: psBN x 20 over BN x 20 that starts at 0.1'
     )
     told = (work_dir / 'scratch.md').read_text()
-    assert all(f'| RetinaNet, photographs | {arm} | 1 | 0.' in told for arm in arms)
+    assert all(f'| RetinaNet, photographs, steps x 3 | {arm} | 1 | 0.' in told for arm in arms)
 
 
-def test_the_best_arms_from_scratch_are_compared_once_all_were_run():
+def test_the_best_arms_from_scratch_are_compared_once_all_seeds_were_run():
     import scratch
 
     rows = [
@@ -547,6 +547,8 @@ def test_the_best_arms_from_scratch_are_compared_once_all_were_run():
     assert (last['mean'], last['verdict']) == (pytest.approx(0.2), 'higher')
     _, contrasts = scratch.compare([row for row in rows if row['arm'] != 'psBN x 20'])
     assert contrasts and not any('best' in c['contrast'] for c in contrasts)
+    _, contrasts = scratch.compare(rows[:-1])
+    assert contrasts and not any('best' in c['contrast'] for c in contrasts)
     scratch.draw(rows)
 
 
@@ -560,7 +562,7 @@ def test_arms_from_scratch_differ_in_what_their_names_say_alone(tmp_path):
     for task in scratch.TASKS.values():
         for arm, start in {'BN': 0, 'BN, starts at 0.1': 0.1, 'psBN x 20, recovery': 0.1}.items():
             base = scratch.CONFIGS / f'{task.config}.py'
-            decay.write_config(file, arm, base=base, more=task.more)
+            decay.write_config(file, arm, base=base, more=task.schedule)
             config = load_config(str(file))
             assert config.optim_wrapper.optimizer == demo.optim_wrapper.optimizer
             last = config.param_scheduler[-1]

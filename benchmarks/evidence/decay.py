@@ -37,6 +37,7 @@ from detection import (
     filters_of,
     is_finished,
     outcome,
+    parts_with_norms,
     remove_checkpoints,
     train,
 )
@@ -130,12 +131,8 @@ def write_config(
 optim_wrapper = dict(_delete_=True, **{optimizer})
 """
     if arm.norm == 'psbn':
-        model = load_config(str(base)).model
-        parts = [
-            part for part in ('backbone', 'neck', 'bbox_head') if 'norm_cfg' in model.get(part, {})
-        ]
         norm = dict(norm_cfg=dict(type='psBN'))
-        text += f'model = dict(**{dict.fromkeys(parts, norm)})\n'
+        text += f'model = dict(**{dict.fromkeys(parts_with_norms(base), norm)})\n'
     if arm.recovery:
         text += "custom_hooks += [dict(type='RecoveryHook', steps=300)]\n"
     if lost is not None:

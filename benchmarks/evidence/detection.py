@@ -110,12 +110,12 @@ class Detection:
         """The config of a finetuning on the photographs, and its options."""
         pretrained = self.folder / detector / 'pretrained'
         kind = 'BN' if arm == 'BN' else 'psBN'
-        parts = ['backbone', 'neck'] + (['bbox_head'] if detector == 'retinanet' else [])
         revived = arm == 'psBN, revived'
         start = pretrained / 'revived.pth' if revived else last_checkpoint(pretrained)
         recovery = '_recovery' if arm == 'psBN, recovery' else ''
-        return CONFIGS / f'{detector}_r18_fpn_photographs{recovery}.py', {
-            **{f'model.{part}.norm_cfg.type': kind for part in parts},
+        config = CONFIGS / f'{detector}_r18_fpn_photographs{recovery}.py'
+        return config, {
+            **{f'model.{part}.norm_cfg.type': kind for part in parts_with_norms(config)},
             'load_from': start,
             'model.backbone.norm_eval': norm_eval,
             'optim_wrapper.optimizer.lr': LEARNING_RATES[detector] * times,
@@ -155,6 +155,12 @@ def biases_at(config: Path, value: float) -> dict[str, torch.Tensor]:
     with DefaultScope.overwrite_default_scope('mmdet'):
         norms = find_norms(model_of_config(load_config(str(config))))
     return {f'{name}.bias': torch.full_like(norm.bias, value) for name, norm in norms.items()}
+
+
+def parts_with_norms(config: Path) -> list[str]:
+    """Those of backbone, neck and head that take a norm_cfg."""
+    model = load_config(str(config)).model
+    return [p for p in ('backbone', 'neck', 'bbox_head') if 'norm_cfg' in model.get(p, {})]
 
 
 def last_checkpoint(work_dir: Path) -> Path:

@@ -34,6 +34,7 @@ from detection import (
     filters_of,
     is_finished,
     outcome,
+    parts_with_norms,
     remove_checkpoints,
     train,
 )
@@ -137,7 +138,7 @@ custom_hooks = _base_.custom_hooks + [dict(type='TakeAwayHook', channels={channe
         train(
             config,
             work_dir,
-            **{f'model.{part}.norm_cfg.type': kind for part in ('backbone', 'neck', 'bbox_head')},
+            **{f'model.{part}.norm_cfg.type': kind for part in parts_with_norms(config)},
             **{
                 'model.backbone.init_cfg.checkpoint': self.backbone,
                 'model.backbone.norm_eval': norm_eval,
