@@ -335,6 +335,24 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines)
 
 
+def cells_table(cells: Sequence[dict], names: Sequence[str], counts: Mapping[str, str]) -> str:
+    """What arms of detectors have in the mean, as Markdown.
+
+    Args:
+        cells (Sequence[dict]): Of :func:`cell_of`, with the score AP.
+        names (Sequence[str]): The keys of what a cell is known by.
+        counts (Mapping[str, str]): The keys of its counts, and their headings.
+    """
+    return markdown_table(
+        [*[''] * len(names), 'seeds', 'AP', *counts.values()],
+        [
+            [*(cell[name] for name in names), cell['seeds'], f'{cell["AP"]:.3f}']
+            + [f'{cell[count]:.0f}' for count in counts]
+            for cell in cells
+        ],
+    )
+
+
 def contrasts_table(contrasts: Sequence[dict], unit: str) -> str:
     """What :func:`contrast` found, as Markdown."""
     return markdown_table(

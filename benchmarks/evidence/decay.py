@@ -23,9 +23,9 @@ from common import (
     Experiment,
     best_pair,
     cell_of,
+    cells_table,
     contrasts_of,
     contrasts_table,
-    markdown_table,
     plot_arms,
     table,
 )
@@ -192,13 +192,14 @@ def main() -> None:
     experiment.write(cells=table(cells), contrasts=table(contrasts), runs=table(rows))
     experiment.save(draw(cells, rows))
     experiment.tell(
-        markdown_table(
-            ['', 'seeds', 'AP', 'collapsed at the end', 'collapsed on the way', 'revived'],
-            [
-                [c['arm'], c['seeds'], f'{c["AP"]:.3f}']
-                + [f'{c[name]:.0f}' for name in ('collapsed', 'new', 'revived')]
-                for c in cells
-            ],
+        cells_table(
+            cells,
+            ['arm'],
+            {
+                'collapsed': 'collapsed at the end',
+                'new': 'collapsed on the way',
+                'revived': 'revived',
+            },
         )
         + '\n'
         + contrasts_table(contrasts, 'AP')

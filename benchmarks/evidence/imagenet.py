@@ -21,9 +21,9 @@ from common import (
     RED,
     Experiment,
     cell_of,
+    cells_table,
     contrasts_of,
     contrasts_table,
-    markdown_table,
     table,
 )
 from detection import (
@@ -241,13 +241,14 @@ def compare(rows: list[dict]) -> tuple[list[dict], list[dict]]:
 
 def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:
     """The tables of the page."""
-    first = markdown_table(
-        ['', '', 'seeds', 'AP', 'collapsed at the start', 'collapsed', 'trapped'],
-        [
-            [c['setting'], c['arm'], c['seeds'], f'{c["AP"]:.3f}']
-            + [f'{c[name]:.0f}' for name in ('collapsed_first', 'collapsed', 'trapped')]
-            for c in cells
-        ],
+    first = cells_table(
+        cells,
+        ['setting', 'arm'],
+        {
+            'collapsed_first': 'collapsed at the start',
+            'collapsed': 'collapsed',
+            'trapped': 'trapped',
+        },
     )
     return first + '\n' + contrasts_table(contrasts, 'AP')
 
