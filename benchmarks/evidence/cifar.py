@@ -76,7 +76,7 @@ CONTRASTS = {
 }
 OPTIONS = [
     ('--cifar', '../shared/data/cifar10', 'folder of train.zip and test.zip, images by class'),
-    ('--networks', 'half', 'networks, with commas'),
+    ('--networks', 'half,ResNet-20', 'networks, with commas'),
     ('--seeds', '3', 'seeds of each arm'),
     ('--jobs', '2', 'runs at a time'),
 ]
@@ -248,27 +248,23 @@ def main() -> None:
     seeds = int(experiment.args.seeds)
     if experiment.quick:
         size, regimes, seeds = dict(epochs=1, each=13), ['SGD 0.5'], 1
+        networks = networks[:1]
         arms = ['BN', 'psBN, recovery']
     settings = [
         dict(network=network, regime=regime, arm=arm, seed=seed, **size)
         for seed in range(seeds)
-        for regime in regimes
         for network in networks
+        for regime in regimes
         for arm in arms
         if regime != 'SGD 0.1' or arm != 'psBN, recovery'  # nothing collapses there
     ]
     jobs = int(experiment.args.jobs)
     do = partial(in_process, run, folder=str(folder))
     runs = experiment.run(settings, do, jobs)
-    lost = {
-        (s['network'], s['regime'], s['seed']): rows[0]['by_layer']
-        for s, rows in runs
-        if s['arm'] == 'BN'
-    }
     without = [
-        {**s, 'arm': WITHOUT, 'lost': lost[s['network'], s['regime'], s['seed']]}
-        for s in settings
-        if s['arm'] == 'BN'
+        {**setting, 'arm': WITHOUT, 'lost': row['by_layer']}
+        for setting, (row,) in runs
+        if setting['arm'] == 'BN'
     ]
     if not experiment.quick:  # where nothing has collapsed it would be BN once more
         without = [setting for setting in without if any(setting['lost'].values())]
@@ -342,26 +338,29 @@ def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:
 def draw(cells: list[dict]) -> Figure:
     """Accuracy over collapsed filters, by network and regime."""
     panels = list(dict.fromkeys((cell['network'], cell['regime']) for cell in cells))
-    figure = Figure(figsize=(3.2 * len(panels), 3.6), layout='constrained')
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
-    for ax, (network, regime) in zip(axes, panels):
+    rows, columns = math.ceil(len(panels) / len(REGIMES)), min(len(panels), len(REGIMES))
+    figure = Figure(figsize=(3.6 * columns, 0.8 + 2.8 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
+    shown = {}
+    for ax in axes.flat[len(panels) :]:
+        ax.axis('off')
+    for ax, (network, regime) in zip(axes.flat, panels):
         for cell in cells:
             if (cell['network'], cell['regime']) != (network, regime):
                 continue
             low, high = (cell[end] or cell['accuracy'] for end in ('low', 'high'))
-            ax.errorbar(
+            shown[cell['arm']] = ax.errorbar(
                 cell['collapsed'],
                 cell['accuracy'],
                 yerr=[[cell['accuracy'] - low], [high - cell['accuracy']]],
                 fmt='o',
                 color=COLOURS[cell['arm']],
-                label=cell['arm'],
             )
         ax.set_title(f'{network}, {regime}', fontsize=10)
         ax.set_xlabel('collapsed filters at the end')
         ax.grid(alpha=0.3, lw=0.5)
-    axes[0].set_ylabel('accuracy, % (mean, 95 % CI)')
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc='outside lower center', ncols=5)
+    figure.supylabel('accuracy, % (mean, 95 % CI)', fontsize=10)
+    figure.legend(shown.values(), shown, loc='outside lower center', ncols=len(shown))
     figure.suptitle('CIFAR-10, a quarter of the images, from scratch')
     return figure
 
