@@ -265,9 +265,9 @@ def main() -> None:
         {**setting, 'arm': WITHOUT, 'lost': row['by_layer']}
         for setting, (row,) in runs
         if setting['arm'] == 'BN'
+        # Where nothing has collapsed it would be psBN with recovery once more.
+        and (experiment.quick or row['collapsed'])
     ]
-    if not experiment.quick:  # where nothing has collapsed it would be BN once more
-        without = [setting for setting in without if any(setting['lost'].values())]
     runs += experiment.run(without, do, jobs)
     rows = [{**setting, **found} for setting, (found,) in runs]
     cells, contrasts = compare(rows)
@@ -336,29 +336,29 @@ def as_markdown(cells: list[dict], contrasts: list[dict]) -> str:
 
 
 def draw(cells: list[dict]) -> Figure:
-    """Accuracy over collapsed filters, by network and regime."""
-    panels = list(dict.fromkeys((cell['network'], cell['regime']) for cell in cells))
-    rows, columns = math.ceil(len(panels) / len(REGIMES)), min(len(panels), len(REGIMES))
-    figure = Figure(figsize=(3.6 * columns, 0.8 + 2.8 * rows), layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False)
+    """Accuracy over collapsed filters, a panel for each network and regime that was run."""
+    networks, regimes = (
+        list(dict.fromkeys(cell[key] for cell in cells)) for key in ('network', 'regime')
+    )
+    size = 3.6 * len(regimes), 0.8 + 2.8 * len(networks)
+    figure = Figure(figsize=size, layout='constrained')
+    axes = figure.subplots(len(networks), len(regimes), squeeze=False)
     shown = {}
-    for ax in axes.flat[len(panels) :]:
-        ax.axis('off')
-    for ax, (network, regime) in zip(axes.flat, panels):
-        for cell in cells:
-            if (cell['network'], cell['regime']) != (network, regime):
-                continue
-            low, high = (cell[end] or cell['accuracy'] for end in ('low', 'high'))
-            shown[cell['arm']] = ax.errorbar(
-                cell['collapsed'],
-                cell['accuracy'],
-                yerr=[[cell['accuracy'] - low], [high - cell['accuracy']]],
-                fmt='o',
-                color=COLOURS[cell['arm']],
-            )
-        ax.set_title(f'{network}, {regime}', fontsize=10)
+    for cell in cells:
+        ax = axes[networks.index(cell['network']), regimes.index(cell['regime'])]
+        low, high = (cell[end] or cell['accuracy'] for end in ('low', 'high'))
+        shown[cell['arm']] = ax.errorbar(
+            cell['collapsed'],
+            cell['accuracy'],
+            yerr=[[cell['accuracy'] - low], [high - cell['accuracy']]],
+            fmt='o',
+            color=COLOURS[cell['arm']],
+        )
+        ax.set_title(f'{cell["network"]}, {cell["regime"]}', fontsize=10)
         ax.set_xlabel('collapsed filters at the end')
         ax.grid(alpha=0.3, lw=0.5)
+    for ax in axes.flat:
+        ax.set_visible(ax.has_data())
     figure.supylabel('accuracy, % (mean, 95 % CI)', fontsize=10)
     figure.legend(shown.values(), shown, loc='outside lower center', ncols=len(shown))
     figure.suptitle('CIFAR-10, a quarter of the images, from scratch')
