@@ -259,6 +259,36 @@ def test_mmcv_is_compiled_at_the_pinned_version():
         assert re.findall(r'^((?:onedl-)?mmcv)==', text, re.MULTILINE) == [MMCV[stack]]
 
 
+def test_mmcvs_sources_are_grouped_into_five_unless_they_are_others(tmp_path):
+    csrc = tmp_path / 'mmcv/ops/csrc/pytorch'
+    alone = {'cpu/roi_align.cpp', 'cpu/roi_align_rotated.cpp', 'cpu/rotated_feature_align.cpp'}
+    others = ('nms.cpp', 'roi_align.cpp', 'cpu/nms.cpp', 'cpu/sparse.cpp', 'cuda/nms.cpp')
+    for name in (*others, *alone):
+        (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+        (csrc / name).write_text(f'{name}\n')
+    shutil.copytree(tmp_path, tmp_path / 'other')
+    (csrc / 'cpu/psamask.cpp').write_text('cpu/psamask.cpp\n')
+
+    def included(line: str) -> str:
+        return (csrc / line.split('"')[1]).read_text().strip()
+
+    group = ROOT / 'scripts/group_mmcv.py'
+    result = run(sys.executable, group, tmp_path)
+    assert result.returncode == 0, result.stderr
+    # Those that MMCV's setup.py compiles, without and with CUDA.
+    assert {str(p.relative_to(csrc)) for p in csrc.glob('*.cpp')} == {'grouped.cpp'}
+    found = {str(p.relative_to(csrc)) for p in csrc.glob('c*/*.cpp')}
+    assert found == {'cpu/grouped.cpp', 'cuda/nms.cpp', *alone}
+    lines = (csrc / 'grouped.cpp').read_text().splitlines()
+    assert [included(line) for line in lines] == ['nms.cpp', 'roi_align.cpp']
+    csrc /= 'cpu'
+    lines = (csrc / 'grouped.cpp').read_text().splitlines()
+    members = ['cpu/nms.cpp', 'cpu/sparse.cpp', 'cpu/psamask.cpp']
+    assert [included(line) for line in lines] == members
+
+    assert run(sys.executable, group, tmp_path / 'other').returncode == 1
+
+
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory) -> Path:
     """The built wheel, unpacked far from the checkout."""
