@@ -68,7 +68,7 @@ stop() {
   child=
 }
 trap stop EXIT
-trap 'echo; echo "setup: interrupted, the next run goes on from here."; exit 130' INT TERM
+trap 'stop; echo; echo "setup: interrupted, the next run goes on from here."; exit 130' INT TERM
 
 # Runs a command with its output in the log, and tells every few seconds that it lives.
 try() { # label, command...
