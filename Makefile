@@ -1,12 +1,14 @@
-# make setup | demo | demo-compare | figures | docs | test | torture | lint | format | bench | evidence | zoo        [STACK=onedl|openmmlab|oldest] [ARGS='...']
+# make setup | demo | demo-compare | figures | docs | test | test-fast | torture | lint | format | bench | evidence | zoo        [STACK=onedl|openmmlab|oldest] [ARGS='...']
 # STACK=oldest is openmmlab at the oldest supported versions, Python 3.9, torch 2.1.0, numpy 1.26.0,
 # mmcv 2.1.0, mmengine 0.10.0, mmdet 3.3.0: PYTHON=python3.9 make test STACK=oldest
 STACK ?= onedl
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=
+# Files stay whole, since tests share what is costly to make, and keep their order.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-compare figures docs test torture lint format bench evidence zoo
+.PHONY: help setup setup-dev demo demo-compare figures docs test test-fast torture lint format bench evidence zoo
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -30,11 +32,14 @@ docs: setup  ## run the commands in the docs again and put in what they print
 	@$(VENV)/bin/python scripts/errors.py
 	@$(VENV)/bin/python scripts/transcripts.py $(ARGS)
 
-test: setup-dev  ## run the test suite, e.g. ARGS='-k layers'
-	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+test: setup-dev  ## run all tests, the fast ones first; ARGS='-k layers'
+	@$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+test-fast: setup-dev  ## run the tests that take some minutes together
+	@$(VENV)/bin/python -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
 torture: setup-dev  ## kill, starve and feed it rubbish, at length; ends with a table of cases and failures
-	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/torture -m 'torture or not torture' $(ARGS)
+	@PSBN_TORTURE=1 $(VENV)/bin/python -m pytest $(PARALLEL) tests/torture $(ARGS)
 
 lint: setup-dev  ## check style and types
 	@$(VENV)/bin/ruff check .
@@ -45,9 +50,8 @@ format: setup-dev  ## mend what ruff can mend
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-bench: setup  ## measure what psBN, trained and deployed, and the hook cost, and the leak of LeakyReLU
+bench: setup  ## measure what psBN and the hooks cost, and the leak of LeakyReLU
 	@$(VENV)/bin/python benchmarks/layer_speed.py
-	@$(VENV)/bin/python benchmarks/deploy_speed.py
 	@$(VENV)/bin/python demo/make_dataset.py data/demo
 	@$(VENV)/bin/python benchmarks/hook_overhead.py
 	@$(VENV)/bin/python benchmarks/leak_share.py

@@ -91,7 +91,7 @@ def time_recovery(name: str, steps: int, data_root: str, closed: float) -> dict:
         for number, norm in enumerate(find_norms(runner.model).values()):
             generator = torch.Generator().manual_seed(number)
             chosen = torch.rand(norm.num_features, generator=generator) < closed
-            norm.weight.data[chosen], norm.beta.data[chosen] = 0.01, -100.0
+            norm.weight.data[chosen], norm.bias.data[chosen] = 0.01, -100.0
         hook = RecoveryHook(steps=10**6)  # so that they stay closed
         hook.before_run(runner)
         hook.before_train(runner)

@@ -1,8 +1,7 @@
-"""What reviving does to a detector's outputs before any training, by the size of the shift.
+"""What reviving does to a detector's outputs before any training, by the bias that filters get.
 
-A BN checkpoint with collapsed filters is converted to psBN and revived: how many filters are opened
-and to which b, how far the neck's outputs move (L2 norm of the change by that of the outputs) and
-what becomes of COCO AP.
+A checkpoint with collapsed filters is revived: how many filters are opened, how far the neck's
+outputs move (L2 norm of the change by that of the outputs), and what becomes of COCO AP.
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ from timing import write  # noqa: E402
 
 from psbn_mmdet.checkpoints import read_weights, structure_of_config  # noqa: E402
 from psbn_mmdet.collapse import revive  # noqa: E402
-from psbn_mmdet.collapse.revival import OPEN  # noqa: E402
-from psbn_mmdet.layers import bn_to_psbn, find_norm_states  # noqa: E402
+from psbn_mmdet.layers import find_norm_states  # noqa: E402
 
-SHIFTS = (0.02, 0.05, 0.1, 0.2, 0.5)
+BIASES = (0.004, 0.01, 0.02, 0.04, 0.1)
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--checkpoint', default='work_dirs/compare/bn/epoch_16.pth', help='of BN')
-    parser.add_argument('--config', default='demo/faster-rcnn_r18_fpn_psbn_demo.py', help='of psBN')
+    parser.add_argument('--checkpoint', default='work_dirs/compare/bn/epoch_16.pth')
+    parser.add_argument('--config', default='demo/faster-rcnn_r18_fpn_bn_demo.py')
     parser.add_argument('--work-dir', default='work_dirs/examples/revive_effect')
     parser.add_argument('--out', help='JSON file, else benchmarks/results/revive_effect.json')
     args = parser.parse_args()
@@ -46,10 +44,8 @@ def main() -> None:
     batch = next(iter(runner.test_dataloader))
     rows = []
     reference: list[Tensor] = []
-    for shift in (None, *SHIFTS):
-        after, opened = bn_to_psbn(before, shift or 0.1), {}
-        if shift is not None:
-            after, opened = revive(after, structure)
+    for bias in (None, *BIASES):
+        after, opened = (before, {}) if bias is None else revive(before, structure, bias)
         model.load_state_dict(after)
         model.eval()
         with torch.no_grad():
@@ -60,18 +56,17 @@ def main() -> None:
         scores = runner.test()
         rows.append(
             {
-                'shift': shift,
-                'b': None if shift is None else OPEN * shift,
+                'b': bias,
                 'opened': sum(map(len, opened.values())),
                 'change': float(change.norm() / torch.cat(reference).norm()),
                 'AP': scores['coco/bbox_mAP'],
                 'AP50': scores['coco/bbox_mAP_50'],
             }
         )
-    print('shift   opened   to b    outputs change   AP      AP50')
+    print('b       opened   outputs change   AP      AP50')
     for row in rows:
         print(
-            f'{row["shift"] or "none":<5} {row["opened"]:>8}   {row["b"] or 0:<6g} '
+            f'{row["b"] or "none":<5} {row["opened"]:>8} '
             f'{100 * row["change"]:>14.2f} %   {row["AP"]:.3f}   {row["AP50"]:.3f}'
         )
     result = {'torch': torch.__version__, 'arguments': vars(args), 'rows': rows}

@@ -13,18 +13,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from .checkpoints.config_text import TO_BN, TO_PSBN
 from .layers.switch import NORMS, SWITCHED, in_scope, kinds_of_norms, switch_norms
 from .preflight import PreflightError, dicts, one_line, type_name
-
-# A norm_cfg may give a class in place of its name; mmcv's SyncBN has no counterpart of its own.
-_CLASSES = {
-    'BatchNorm1d': 'BN1d',
-    'BatchNorm2d': 'BN',
-    'BatchNorm3d': 'BN3d',
-    'SyncBatchNorm': 'SyncBN',
-    'MMSyncBN': 'SyncBN',
-}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -83,16 +73,22 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
         found = Counter(inside.values())
         has = ', '.join(f'{n} {kind}' for kind, n in found.items()) or 'no norm at all'
         where = '' if scope is None else f'in {scope or repr(scope)} '
-        mend = 'leave out --norm'
+        fix = 'leave out --norm'
         if scope is not None and not inside:
-            mend = f'give one of {", ".join(_parts(before))} to --norm-scope'
+            fix = f'give one of {", ".join(_parts(before))} to --norm-scope'
         raise PreflightError(
-            f'--norm {norm}: there is no {other} {where}to replace (there is {has}): {mend}'
+            f'--norm {norm}: there is no {other} {where}to replace (there is {has}): {fix}'
         )
-    _edit(cfg.model, norm, scope)
+    own, switches = dict(cfg.model), []
+    if own['type'] == SWITCHED:  # by an earlier --norm
+        own['type'], switches = own.pop('model_type'), own.pop('switches')
+    switches = [*switches, dict(norm=norm, **({'scope': scope} if scope else {}))]
+    cfg.model = ConfigDict(own)
     model = build_model(cfg)
     by_config = {name: kind for name, kind, _ in kinds_of_norms(model)}
-    left = switch_norms(model, norm, scope)
+    left: dict[str, str] = {}
+    for switch in switches:
+        left = switch_norms(model, **switch)
     after = {name: kind for name, kind, _ in kinds_of_norms(model)}
     if norm == 'psBN' and norm not in after.values():
         raise PreflightError(
@@ -100,23 +96,17 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
             'leave out --norm'
         )
     if after != by_config:
-        cfg.model = ConfigDict(
-            type=SWITCHED,
-            model_type=cfg.model.type,
-            norm=norm,
-            **({'norm_scope': scope} if scope else {}),
-            **{key: value for key, value in cfg.model.items() if key != 'type'},
-        )
+        own.update(type=SWITCHED, model_type=own['type'], switches=switches)
+        cfg.model = ConfigDict(own)
     if 'psBN' not in after.values():  # without any, RecoveryHook refuses the model
         cfg.custom_hooks = [hook for hook in _hooks(cfg) if type_name(hook) != 'RecoveryHook']
-    return list(_told(norm, scope, before, by_config, after, left))
+    return list(_told(norm, scope, before, after, left))
 
 
 def _told(
     norm: str,
     scope: str | None,
     before: dict[str, tuple[str, bool]],
-    by_config: dict[str, str],
     after: dict[str, str],
     left: dict[str, str],
 ) -> Iterator[str]:
@@ -124,24 +114,20 @@ def _told(
     other = 'BN' if norm == 'psBN' else 'psBN'
     yield f'--norm {norm}' + (f' --norm-scope {scope}' if scope else '') + ':'
     for part in _parts(before):
-        mine = [n for n in before if n.split('.')[0] == part]
-        changed = [n for n in mine if before[n][0] == other and after.get(n) == norm]
-        by_cfg = sum(by_config.get(name) == norm for name in changed)
+        mine = [n for n in before if n.split('.')[0] == part and before[n][0] == other]
+        changed = [n for n in mine if after[n] == norm]
         if changed:
-            ways = [f'{by_cfg} by norm_cfg'] if by_cfg else []
-            if len(changed) > by_cfg:
-                ways.append(f'{len(changed) - by_cfg} that the classes write out')
             frozen = sum(not before[name][1] for name in changed)
             note = f'; {frozen} of them are frozen, so nothing opens there' if frozen else ''
-            yield f'  {part}: {len(changed)} {other} -> {norm}, {" and ".join(ways)}{note}'
+            yield f'  {part}: {len(changed)} {other} -> {norm}{note}'
         kept = Counter(
-            left.get(n) or ('outside the scope' if not in_scope(n, scope) else before[n][0])
+            left.get(n, other) if in_scope(n, scope) else 'outside the scope'
             for n in mine
-            if n not in changed and (before[n][0] == other)
+            if n not in changed
         )
         for why, count in kept.items():
             yield f'  {part}: {count} {other} left ({why})'
-    others = Counter(kind for kind, _ in before.values() if kind not in ('BN', 'psBN'))
+    others = Counter(kind for kind, _ in before.values() if kind not in NORMS)
     if others:
         yield '  no BN: ' + ', '.join(f'{count} {kind}' for kind, count in others.items())
 
@@ -158,7 +144,7 @@ def build_model(cfg: Config) -> nn.Module:
     """
     model = copy.deepcopy(cfg.model)
     for _, part in dicts(model, ''):
-        if _CLASSES.get(type_name(part)) == 'SyncBN':
+        if type_name(part) in ('MMSyncBN', 'SyncBatchNorm'):
             part['type'] = 'SyncBN'  # mmcv's cannot be built before there is a process group
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
         try:
@@ -168,23 +154,6 @@ def build_model(cfg: Config) -> nn.Module:
                 f'the model of the config cannot be built ({type(error).__name__}: '
                 f'{one_line(error)}): correct the config'
             ) from error
-
-
-def _edit(model: ConfigDict, norm: str, scope: str | None) -> None:
-    """Replace the types of norms, and what an earlier switch has written."""
-    if model.get('type') == SWITCHED and model.norm != norm:
-        model.type = model.model_type
-        for key in ('model_type', 'norm', 'norm_scope'):
-            model.pop(key, None)
-    new_of_old = TO_PSBN if norm == 'psBN' else TO_BN
-    for path, part in dicts(model, ''):
-        if in_scope(path.lstrip('.'), scope):
-            name = type_name(part)
-            new = new_of_old.get(_CLASSES.get(name, name))
-            if new is not None:
-                part['type'] = new
-                if norm == 'BN':
-                    part.pop('shift', None)
 
 
 def _import_package(cfg: Config) -> None:

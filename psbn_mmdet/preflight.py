@@ -24,8 +24,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from .checkpoints import CheckpointError, read_torch
-from .layers import PostShiftedBatchNorm, check_shift, find_norm_states
-from .layers.switch import SWITCHED
+from .layers import PostShiftedBatchNorm, check_shift
 from .preflight_classes import class_errors
 
 URL_TIMEOUT = 5  # seconds
@@ -41,11 +40,6 @@ _PSBN_CLASSES = {
 }
 _PSBN_TYPES = {*_PSBN_CLASSES, *(cls.__name__ for cls in _PSBN_CLASSES.values())}
 _NORMS = ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN', 'GN', 'LN', 'IN')  # of mmcv
-# The names by which `init_cfg=dict(layer=...)` means a psBN layer: MMEngine compares with the
-# class and its direct bases. Registry names match nothing there, so such a write is lost, too.
-_LAYER_NAMES = _PSBN_TYPES.union(
-    *({base.__name__ for base in cls.__bases__} for cls in _PSBN_CLASSES.values())
-)
 
 
 class PreflightError(ValueError):
@@ -133,20 +127,25 @@ def check_train_config(cfg: Config) -> None:
         PreflightError: If the run would fail, or silently do something else than asked for.
     """
     _check_model(cfg)
+    if cfg.get('sync_bn') is not None and psbn_of_config(cfg):
+        raise PreflightError(
+            f'sync_bn={cfg.sync_bn!r} makes SyncBN of psBN, whose bias decays towards 0: remove '
+            "sync_bn and set norm_cfg=dict(type='psSyncBN')"
+        )
     for stage in ('train', 'val'):
         _check_data(cfg, stage)
     for path, init_cfg in dicts(cfg.get('model'), 'model'):
         is_pretrained = type_name(init_cfg) in ('Pretrained', 'PretrainedInit')
         if is_pretrained and isinstance(init_cfg.get('checkpoint'), str):
             mend = f'set {path}.checkpoint to a local file, or {path}=None for random weights'
-            _check_weights(cfg, init_cfg['checkpoint'], f'{path}.checkpoint', mend)
+            _check_weights(init_cfg['checkpoint'], f'{path}.checkpoint', mend)
     checkpoint = _text(cfg.get('load_from'), 'load_from', 'the path of a checkpoint')
     last = Path(cfg.get('work_dir') or '', 'last_checkpoint')
     if not checkpoint and cfg.get('resume') and last.is_file():
         checkpoint = last.read_text(errors='replace').strip()
         _check_last(last, checkpoint)
     if checkpoint:
-        _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
+        _check_weights(checkpoint, 'checkpoint', CHECKPOINT_MEND)
         file = os.path.expanduser(checkpoint)
         if cfg.get('resume') and os.path.isfile(file) and not _can_be_resumed(file):
             raise PreflightError(
@@ -169,7 +168,7 @@ def check_test_config(cfg: Config, checkpoint: str) -> None:
     """
     _check_model(cfg)
     _check_data(cfg, 'test')
-    _check_weights(cfg, checkpoint, 'checkpoint', CHECKPOINT_MEND)
+    _check_weights(checkpoint, 'checkpoint', CHECKPOINT_MEND)
     _check_classes(cfg, 'test')
 
 
@@ -177,29 +176,12 @@ def _check_model(cfg: Config) -> None:
     for path, part in dicts(cfg.get('model'), 'model'):
         if path.endswith('norm_cfg'):
             _check_norm_type(cfg, path, part.get('type'))
-    psbn_cfgs = psbn_of_config(cfg)
-    for path, psbn_cfg in psbn_cfgs:
+    for path, psbn_cfg in psbn_of_config(cfg):
         if 'shift' in psbn_cfg:
             try:
                 check_shift(psbn_cfg['shift'])
             except ValueError as error:
                 raise PreflightError(f'{error} in {path}') from error
-    if not psbn_cfgs:
-        return
-    if cfg.get('sync_bn') is not None:
-        raise PreflightError(
-            f'sync_bn={cfg.sync_bn!r} cannot convert psBN: remove sync_bn and set '
-            f"{psbn_cfgs[0][0]}.type='psSyncBN'"
-        )
-    if cfg.get('efficient_conv_bn_eval') is not None:
-        raise PreflightError(
-            f'efficient_conv_bn_eval={cfg.efficient_conv_bn_eval!r} traces the model with '
-            'torch.fx, which cannot trace psBN: remove efficient_conv_bn_eval'
-        )
-    for path, init_cfg in dicts(cfg.model, 'model'):
-        owner, is_init_cfg, _ = path.rpartition('.init_cfg')
-        if is_init_cfg and any(psbn_path.startswith(owner + '.') for psbn_path, _ in psbn_cfgs):
-            _check_init_cfg(path, init_cfg)
 
 
 def _check_norm_type(cfg: Config, path: str, kind: Any) -> None:
@@ -213,17 +195,6 @@ def _check_norm_type(cfg: Config, path: str, kind: Any) -> None:
     near = difflib.get_close_matches(kind.lower(), of_lower, 1)
     mend = f'did you mean {of_lower[near[0]]!r}?' if near else f'use one of {", ".join(_NORMS)}'
     raise PreflightError(f'{path}.type: no norm is named {kind!r}: {mend}')
-
-
-def _check_init_cfg(path: str, init_cfg: dict) -> None:
-    layers = init_cfg.get('layer') or ()
-    lost = _LAYER_NAMES.intersection((layers,) if isinstance(layers, str) else layers)
-    for key in ('bias', 'bias_prob'):
-        if lost and init_cfg.get(key):
-            raise PreflightError(
-                f'{path} sets {key}={init_cfg[key]!r} for {", ".join(sorted(lost))}, which does '
-                f'nothing in psBN, whose shift starts at its constant: remove {key}'
-            )
 
 
 def _check_data(cfg: Config, stage: str) -> None:
@@ -302,20 +273,20 @@ def _is_remote(cfg: dict) -> bool:
     return False
 
 
-def _check_weights(cfg: Config, checkpoint: str, setting: str, mend: str) -> None:
+def _check_weights(checkpoint: str, setting: str, mend: str) -> None:
     source = _resolve(checkpoint, setting, mend)
     if source.startswith(('http://', 'https://')):
         file_name = os.path.basename(urlparse(source).path)
         cached = os.path.join(torch.hub.get_dir(), 'checkpoints', file_name)
         if os.path.isfile(cached):
-            _check_local_weights(cfg, cached, setting)
+            _check_local_weights(cached, setting)
         else:
             _check_url(source, setting, mend)
     elif '://' not in source:
         source = os.path.expanduser(source)
         if not os.path.isfile(source):
             raise PreflightError(f'{setting} {_shown(source)} does not exist: {mend}')
-        _check_local_weights(cfg, source, setting)
+        _check_local_weights(source, setting)
 
 
 def _resolve(checkpoint: str, setting: str, mend: str) -> str:
@@ -380,7 +351,7 @@ def _check_url(url: str, setting: str, mend: str) -> None:
         ) from error
 
 
-def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
+def _check_local_weights(file: str, setting: str) -> None:
     try:
         content = read_torch(file)
     except CheckpointError as error:
@@ -391,15 +362,6 @@ def _check_local_weights(cfg: Config, file: str, setting: str) -> None:
             f'{setting} {file} has no state dict, but a {type(state_dict).__name__} in its '
             'place: replace the file'
         )
-    psbn_layer = next(
-        (n for n, kind in find_norm_states(state_dict).items() if kind == 'psBN'), None
-    )
-    if psbn_layer is not None and not psbn_of_config(cfg):
-        raise PreflightError(
-            f'{setting} {file} holds psBN layers ({psbn_layer}, ...), the model of the config has '
-            "none: set norm_cfg=dict(type='psBN') or convert the checkpoint with "
-            'tools/convert_checkpoint.py --to bn'
-        )
 
 
 def psbn_of_config(cfg: Config) -> list[tuple[str, dict]]:
@@ -407,8 +369,7 @@ def psbn_of_config(cfg: Config) -> list[tuple[str, dict]]:
     return [
         (path, part)
         for path, part in dicts(cfg.get('model'), 'model')
-        if type_name(part) in _PSBN_TYPES
-        or (type_name(part) == SWITCHED and part.get('norm') == 'psBN')
+        if type_name(part) in _PSBN_TYPES or part.get('norm') == 'psBN'  # of SwitchNorms
     ]
 
 

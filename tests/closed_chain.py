@@ -16,7 +16,7 @@ def chain(groups=1):
         nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 6, 3, groups=groups), nn.Conv2d(6, 2, 1)
     )
     with torch.no_grad():
-        norm.weight[CLOSED], norm.beta[CLOSED] = 1e-4, -0.15
+        norm.weight[CLOSED], norm.bias[CLOSED] = 1e-4, -0.05
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2.0)
         net[0].weight[CLOSED] *= 1e-3

@@ -20,6 +20,15 @@ from mmengine.utils import ManagerMixin
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the fast tests first; those of whole runs are slow."""
+    for item in items:
+        if item.path.parent.name == 'e2e':
+            item.add_marker('slow')
+    items.sort(key=lambda item: item.get_closest_marker('slow') is not None)
+
+
 @pytest.fixture(scope='session')
 def coco_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn set of 8 images to train on and 4 to validate: ``annotations``, ``train``, ``val``.

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import psbn_mmdet  # noqa: F401
-from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.records import parse_ranges, read_records
 
 KILLED = {'stem.1': [0, 3, 4], 'head.1': [7]}
@@ -44,8 +43,7 @@ class Classifier(BaseModel):
             layer = self.get_submodule(name)
             with torch.no_grad():
                 layer.weight[channels] = 0.01
-                shift = layer.beta if isinstance(layer, PostShiftedBatchNorm2d) else layer.bias
-                shift[channels] = -1.0
+                layer.bias[channels] = getattr(layer, 'shift', 0.0) - 1.0  # beta = -1
         if frozen_head:
             self.head.requires_grad_(False)
 

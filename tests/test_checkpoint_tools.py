@@ -1,4 +1,4 @@
-"""tools/audit.py and tools/convert_checkpoint.py, run as a user runs them."""
+"""tools/audit.py and tools/revive.py, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import cv2
 import pytest
 import torch
+from limits import HANG
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -74,8 +75,14 @@ def test_both_run_as_scripts_from_any_folder(folder, tmp_path):
     for arguments, words in (
         (['audit.py', folder / 'collapsed.pth'], 'vanished 2; dead 5'),
         (
-            ['convert_checkpoint.py', folder / 'well.pth', 'psbn.pth', '--to', 'psbn'],
-            '20 layers converted',
+            [
+                'revive.py',
+                folder / 'collapsed.pth',
+                'revived.pth',
+                '--config',
+                folder / 'detector.py',
+            ],
+            'state_dict: 1 filters opened, to b = 0.02',
         ),
     ):
         result = subprocess.run(
@@ -84,11 +91,11 @@ def test_both_run_as_scripts_from_any_folder(folder, tmp_path):
             env={**os.environ, 'PYTHONPATH': ''},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=HANG,
         )
         assert result.returncode == 0, result.stderr
         assert words in result.stdout
-    assert (tmp_path / 'psbn.pth').is_file()
+    assert (tmp_path / 'revived.pth').is_file()
 
 
 def by_name(audit: dict) -> dict[str, dict]:
@@ -209,51 +216,43 @@ def test_bad_input_gets_one_sentence(folder, arguments, words):
     assert sentence.startswith('audit: ') and words in sentence
 
 
-def test_a_checkpoint_is_converted_and_back(folder, tmp_path):
-    result = run(
-        'convert_checkpoint.py', folder / 'well.pth', 'psbn.pth', '--to', 'psbn', cwd=tmp_path
+def test_what_is_revived_is_told_and_all_else_is_kept(folder, tmp_path):
+    content = read_content(folder / 'collapsed.pth')
+    average = {f'module.{key}': value for key, value in content['state_dict'].items()}
+    torch.save(content | dict(ema_state_dict=average), tmp_path / 'two.pth')
+    out = tmp_path / 'revived.pth'
+    config = ['--config', folder / 'detector.py']
+    result = run('revive.py', 'two.pth', out, *config, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (
+        'state_dict: 1 filters opened, to b = 0.02\n    backbone.layer1.0.bn1: 5' in result.stdout
     )
-    assert result.returncode == 0, result.stderr
-    assert 'state_dict: 20 layers converted' in result.stdout
-    psbn = read_content(tmp_path / 'psbn.pth')
-    assert psbn['state_dict']['backbone.bn1.beta'].tolist() == pytest.approx([-0.1] * 8)
-    assert psbn['meta'] == dict(epoch=1)
-    result = run('convert_checkpoint.py', 'psbn.pth', 'bn.pth', '--to', 'bn', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    original = read_content(folder / 'well.pth')['state_dict']
-    back = read_content(tmp_path / 'bn.pth')['state_dict']
-    assert all(torch.allclose(back[key], value, atol=1e-7) for key, value in original.items())
-
-
-def test_what_is_revived_is_told(folder, tmp_path):
-    out = tmp_path / 'psbn.pth'
-    options = ['--to', 'psbn', '--revive', 'collapsed', '--shift', '0.5', '--config', 'detector.py']
-    result = run('convert_checkpoint.py', 'collapsed.pth', out, *options, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    assert '1 filters with b + 3 |gamma| <= 0 before a ReLU are opened, to b = 0.1' in result.stdout
-    assert 'backbone.layer1.0.bn1: 5' in result.stdout
-    beta = read_content(out)['state_dict']['backbone.layer1.0.bn1.beta']
-    assert beta.tolist() == pytest.approx([-0.5, -0.5, 0.5, -0.5, -0.5, -0.4, -0.5, -0.5])
+    assert 'ema_state_dict: 1 filters opened' in result.stdout
+    revived = read_content(out)
+    assert revived['meta'] == dict(epoch=1)
+    changed = 'backbone.layer1.0.bn1.bias'
+    expected = content['state_dict'][changed].clone()
+    expected[5] = 0.02
+    for key, value in revived['state_dict'].items():
+        assert torch.equal(value, expected if key == changed else content['state_dict'][key])
+        assert torch.equal(value, revived['ema_state_dict'][f'module.{key}'])
 
 
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        (['well.pth', 'well.pth', '--to', 'psbn'], 'well.pth exists and is not overwritten'),
-        (['well.pth', 'a.pth', '--to', 'bn'], 'no psBN to convert'),
-        (['well.pth', 'a.pth', '--to', 'psbn', '--shift', '0'], 'finite number > 0, got 0'),
-        (['well.pth', 'a.pth', '--to', 'bn', '--revive', 'collapsed'], '--revive is for --to psbn'),
-        (['well.pth', 'a.pth', '--to', 'psbn', '--config', 'c.py'], '--config is for --revive'),
-        (['well.pth', 'a.pth', '--to', 'psbn', '--revive', 'collapsed'], '--revive needs --config'),
-        (['none.pth', 'a.pth', '--to', 'psbn'], 'none.pth does not exist'),
+        (['well.pth', 'well.pth'], 'well.pth exists and is not overwritten'),
+        (['none.pth', 'a.pth'], 'none.pth does not exist'),
+        (['other.pth', 'a.pth'], 'has no BN layer named as in the checkpoint'),
     ],
 )
-def test_a_conversion_that_cannot_be_done_writes_nothing(folder, arguments, words):
+def test_a_revival_that_cannot_be_done_writes_nothing(folder, arguments, words):
     before = (folder / 'well.pth').read_bytes()
-    result = run('convert_checkpoint.py', *arguments, cwd=folder)
+    torch.save(nn.Sequential(nn.BatchNorm2d(3)).state_dict(), folder / 'other.pth')
+    result = run('revive.py', *arguments, '--config', 'detector.py', cwd=folder)
     assert result.returncode == 1
     (sentence,) = result.stderr.splitlines()
-    assert sentence.startswith('convert_checkpoint: ') and words in sentence
+    assert sentence.startswith('revive: ') and words in sentence
     assert (folder / 'well.pth').read_bytes() == before
     assert not list(folder.glob('a.pth*'))
 
@@ -282,10 +281,9 @@ custom_imports = dict(imports=['taught'])
 model = dict(type='Taught')
 """)
     environment = dict(os.environ, PYTHONPATH=str(tmp_path))
-    revive = ['out.pth', '--to', 'psbn', '--revive', 'collapsed']
     for command in (
         [str(ROOT / 'tools/audit.py'), 'good.pth'],
-        [str(ROOT / 'tools/convert_checkpoint.py'), 'good.pth', *revive],
+        [str(ROOT / 'tools/revive.py'), 'good.pth', 'out.pth'],
         ['-m', 'psbn_mmdet', 'audit', 'good.pth'],
     ):
         result = subprocess.run(

@@ -111,45 +111,13 @@ def test_invalid_shift_deep_in_a_list_in_a_wrapped_model_and_by_class(cfg):
 def test_sync_bn_with_psbn(cfg):
     sentence = refused(cfg, sync_bn='torch')
     assert "sync_bn='torch'" in sentence
-    assert "set model.backbone.norm_cfg.type='psSyncBN'" in sentence
+    assert "remove sync_bn and set norm_cfg=dict(type='psSyncBN')" in sentence
 
 
-def test_efficient_conv_bn_eval_with_psbn(cfg):
-    assert "efficient_conv_bn_eval=['backbone']" in refused(
-        cfg, efficient_conv_bn_eval=['backbone']
-    )
-
-
-@pytest.mark.parametrize(
-    'layer',
-    [
-        '_BatchNorm',
-        'BatchNorm2d',
-        'PostShiftedBatchNorm',
-        'psBN',
-        ['Conv2d', 'PostShiftedBatchNorm2d'],
-    ],
-)
-def test_initial_bias_for_psbn_layers(cfg, layer):
-    init_cfg = [dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', layer=layer, bias=0.5)]
-    sentence = refused(cfg, model__backbone__init_cfg=init_cfg)
-    assert 'model.backbone.init_cfg.1 sets bias=0.5' in sentence
-
-
-def test_initial_bias_elsewhere_passes(cfg):
-    cfg.model.neck.init_cfg = dict(type='Constant', layer='BatchNorm2d', val=1, bias=0.5)
-    cfg.model.backbone.init_cfg = [
-        dict(type='Constant', layer='_BatchNorm', val=1, bias=0),
-        dict(type='Constant', layer='Conv2d', val=1, bias=0.5),
-    ]
-    check_train_config(cfg)
-
-
-def test_what_psbn_cannot_do_passes_with_bn(bn_cfg):
-    bn_cfg.sync_bn = 'torch'
-    bn_cfg.efficient_conv_bn_eval = ['backbone']
-    bn_cfg.model.backbone.init_cfg = dict(type='Constant', layer='BatchNorm2d', bias=0.5)
+def test_sync_bn_passes_with_bn_and_where_psbn_is_only_tested(cfg, bn_cfg, psbn_checkpoint):
+    bn_cfg.sync_bn = cfg.sync_bn = 'torch'
     check_train_config(bn_cfg)
+    check_test_config(cfg, psbn_checkpoint)
 
 
 # The data
@@ -416,16 +384,10 @@ def test_automatic_resume_after_a_kill_in_a_save(cfg, tmp_path):
     assert 'perhaps since it is incomplete' in refusal(check_train_config, cfg)
 
 
-def test_psbn_checkpoint_for_a_bn_model(bn_cfg, psbn_checkpoint):
-    sentence = refusal(check_test_config, bn_cfg, psbn_checkpoint)
-    assert f'{psbn_checkpoint} holds psBN layers (1, ...)' in sentence
-    assert 'convert' in sentence
-    assert psbn_checkpoint in refused(bn_cfg, load_from=psbn_checkpoint)
-
-
-def test_psbn_backbone_for_a_bn_model(bn_cfg, psbn_checkpoint):
-    sentence = refused(bn_cfg, model__backbone__init_cfg=pretrained(psbn_checkpoint))
-    assert 'holds psBN layers' in sentence
+def test_weights_of_psbn_are_weights_of_bn(bn_cfg, psbn_checkpoint):
+    check_test_config(bn_cfg, psbn_checkpoint)
+    bn_cfg.model.backbone.init_cfg = pretrained(psbn_checkpoint)
+    check_train_config(bn_cfg)
 
 
 @pytest.mark.parametrize('zipped', [True, False])

@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from limits import HANG
 from mmengine.logging import MessageHub
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -78,7 +79,7 @@ def test_mmengine_loads_checkpoints_and_nothing_else_where_weights_only_are_forc
     env = dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD='1')
     command = [sys.executable, '-c', code]
     result = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG
     )
     assert result.returncode == 0, result.stderr
     once = "(0.5, Counter({8: 1, 11: 1}), device(type='cpu'), {1, 2}) refused"

@@ -160,11 +160,7 @@ def take_away(state: Mapping[str, Tensor], masks: Mapping[str, np.ndarray]) -> N
     """
     make_constant(state, masks)
     for name, mask in masks.items():
-        chosen = torch.from_numpy(mask)
-        if f'{name}.beta' in state:
-            state[f'{name}.beta'][chosen] = -state[f'{name}.shift'].item()
-        else:
-            state[f'{name}.bias'][chosen] = 0
+        state[f'{name}.bias'][torch.from_numpy(mask)] = 0
 
 
 def make_constant(state: Mapping[str, Tensor], masks: Mapping[str, np.ndarray]) -> None:
@@ -407,8 +403,8 @@ def revival_steps(
 ) -> float:
     """Steps of SGD after which a closed filter of psBN opens, by weight decay alone.
 
-    gamma and beta shrink by ``lr * weight_decay / (1 - momentum)`` of themselves in a step; the
-    filter opens where ``beta + shift + reach * |gamma| > 0``.
+    gamma and beta = b - shift shrink by ``lr * weight_decay / (1 - momentum)`` of themselves in a
+    step; the filter opens where ``beta + shift + reach * |gamma| > 0``.
 
     Args:
         b (float): Bias at the start, ``beta + shift``.

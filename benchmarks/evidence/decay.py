@@ -124,7 +124,7 @@ def write_config(
     arm = ARMS[name]
     paramwise: dict[str, object] = {'norm_decay_mult': arm.gamma}
     if arm.beta != arm.gamma:
-        paramwise['custom_keys'] = {'beta': {'decay_mult': arm.beta}}
+        paramwise['custom_keys'] = {name: {'decay_mult': arm.beta} for name in biases_at(base, 0)}
     optimizer = {**load_config(str(DEMO)).optim_wrapper.to_dict(), 'paramwise_cfg': paramwise}
     text = f"""_base_ = {str(base)!r}
 {more}custom_hooks = [dict(type='CollapseHook', interval=50)]

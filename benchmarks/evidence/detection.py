@@ -20,14 +20,13 @@ from matplotlib.figure import Figure
 from mmengine.registry import DefaultScope
 
 from psbn_mmdet.checkpoints import (
-    convert_checkpoint,
     read_content,
     read_weights,
     structure_of_config,
     write_content,
 )
 from psbn_mmdet.checkpoints.config_model import model_of_config
-from psbn_mmdet.collapse import find_norms
+from psbn_mmdet.collapse import find_norms, revive
 from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.preflight import load_config
 from psbn_mmdet.records import read_records
@@ -90,7 +89,7 @@ class Detection:
         self.quick = QUICK if experiment.quick else {}
 
     def pretrain(self, detector: str) -> list[dict]:
-        """Train with BN on the drawn data, and convert with revival."""
+        """Train with BN on the drawn data, and revive."""
         work_dir = self.folder / detector / 'pretrained'
         config = CONFIGS / f'{detector}_r18_fpn_drawn.py'
         train(config, work_dir, **self.drawn, **self.quick)
@@ -98,11 +97,11 @@ class Detection:
         names = find_norm_states(read_weights(checkpoint).state_dict)
         structure = structure_of_config(load_config(str(config)), names)
         content = read_content(checkpoint)
-        revived, done = convert_checkpoint(content, 'psbn', structure=structure)
+        content['state_dict'], opened = revive(content['state_dict'], structure)
         (work_dir / 'revived.pth').unlink(missing_ok=True)
-        write_content(revived, work_dir / 'revived.pth')
-        opened = sum(map(len, done.opened.values()))
-        return [{'detector': detector, 'opened': opened, **outcome(work_dir)}]
+        write_content(content, work_dir / 'revived.pth')
+        total = sum(map(len, opened.values()))
+        return [{'detector': detector, 'opened': total, **outcome(work_dir)}]
 
     def options_of(
         self, detector: str, arm: str, norm_eval: bool, times: int, seed: int
@@ -151,7 +150,7 @@ def drawn_data(experiment: Experiment) -> dict[str, object]:
 
 
 def biases_at(config: Path, value: float) -> dict[str, torch.Tensor]:
-    """The biases of all norms of a config with BN, at a value; psBN takes its beta from them."""
+    """The biases of all norms of a config, at a value."""
     with DefaultScope.overwrite_default_scope('mmdet'):
         norms = find_norms(model_of_config(load_config(str(config))))
     return {f'{name}.bias': torch.full_like(norm.bias, value) for name, norm in norms.items()}

@@ -113,7 +113,7 @@ def converted(network: nn.Module, arm: str, structure: Structure, shift: float =
         return network
     bn_to_psbn(network, shift)
     if arm == 'psBN, revive':
-        network.load_state_dict(revive(network.state_dict(), structure)[0])
+        network.load_state_dict(revive(network.state_dict(), structure, 0.2 * shift)[0])
     return network
 
 

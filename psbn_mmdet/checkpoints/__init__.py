@@ -1,17 +1,25 @@
-"""Checkpoint files: reading them without running code, and converting them as a whole."""
+"""Checkpoint files: reading them without running code, and writing them whole."""
 
-from .checkpoint_conversion import Conversion, convert_checkpoint
 from .config_model import structure_of_config
-from .formats import CheckpointError, Weights, read_content, read_torch, read_weights, write_content
+from .formats import (
+    CheckpointError,
+    Weights,
+    find_state_dicts,
+    read_content,
+    read_torch,
+    read_weights,
+    wrapper_of,
+    write_content,
+)
 
 __all__ = [
     'CheckpointError',
-    'Conversion',
     'Weights',
-    'convert_checkpoint',
+    'find_state_dicts',
     'read_content',
     'read_torch',
     'read_weights',
     'structure_of_config',
+    'wrapper_of',
     'write_content',
 ]

@@ -25,7 +25,7 @@ def structure_of_config(cfg: Config, names: Collection[str]) -> Structure:
 
     Args:
         cfg (Config): A config of MMDetection, or of another library on MMEngine.
-        names (Collection[str]): The checkpoint's BN and psBN layers. They may be those of the
+        names (Collection[str]): The checkpoint's BN layers. They may be those of the
             model, or of its backbone alone.
 
     Returns:
@@ -70,7 +70,7 @@ def model_of_config(cfg: Config) -> nn.Module:
 
 
 def prefix_in_model(cfg: Config, model: nn.Module, names: Collection[str]) -> str:
-    """What a config's model puts before the names of a checkpoint's BN and psBN layers.
+    """What a config's model puts before the names of a checkpoint's BN layers.
 
     Args:
         cfg (Config): The config.

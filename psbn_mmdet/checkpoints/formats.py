@@ -29,7 +29,7 @@ _WRAPPERS = ('module.', '_orig_mod.')
 
 
 class CheckpointError(ValueError):
-    """Why a checkpoint file cannot be read, converted or written, in one sentence."""
+    """Why a checkpoint file cannot be read or written, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_state_dicts(content: Any, path: str = '') -> Iterator[tuple[str, dict]]:
-    """Find the dicts in a file's content that hold BN or psBN layers, each with its path."""
+    """Find the dicts in a file's content that hold BN layers, each with its path."""
     seen: set[int] = set()  # a dict may be in itself, or in many places
     waiting = [(path, content)]
     while waiting:
@@ -207,7 +207,7 @@ def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
         Weights: The parameters.
 
     Raises:
-        CheckpointError: If the file cannot be read, or has no BN or psBN layer.
+        CheckpointError: If the file cannot be read, or has no BN layer.
     """
     if os.fspath(path).endswith('.onnx'):
         try:
@@ -219,33 +219,31 @@ def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
     found = dict(find_state_dicts(content))
     if not found:
         raise CheckpointError(
-            f'{path} has no BN or psBN layer, that is no key ending with running_var: give a '
+            f'{path} has no BN layer, that is no key ending with running_var: give a '
             'checkpoint of a network with BN that is not fused'
         )
     if key is None:
         key = next((name for name in found if 'ema' not in name.lower()), next(iter(found)))
     elif key not in found:
         raise CheckpointError(
-            f'{path} has no state dict {key!r} with BN or psBN: give one of {", ".join(found)}'
+            f'{path} has no state dict {key!r} with BN: give one of {", ".join(found)}'
         )
     others = [name for name in found if name != key]
     wrapper = wrapper_of(found[key])
     names = {str(name).removeprefix(wrapper): value for name, value in found[key].items()}
-    unstarted = _unstarted(content, find_norm_states(names), names)
+    unstarted = _unstarted(content, names)
     return Weights(names, key, others, _roles(found), unstarted=unstarted)
 
 
-def _unstarted(
-    content: dict, layers: Mapping[str, str], state_dict: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
+def _unstarted(content: dict, state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     info: Any = content
     for key in ('message_hub', 'runtime_info', UNSTARTED_INFO):
         info = info.get(key) if isinstance(info, dict) else None
     if not isinstance(info, dict):
         return {}
     found = {}
-    for name, kind in layers.items():
-        if kind in ('BN', 'psBN'):
+    for name, unknown in find_norm_states(state_dict).items():
+        if not unknown:
             channels = len(state_dict[entry_key(name, 'weight')])
             with suppress(ValueError):  # ranges that are none of this layer tell nothing
                 found[name] = parse_ranges(str(info.get(name, '')), channels)

@@ -26,8 +26,6 @@ _MOST_VALUES = 10_000_000  # of all results together, whatever is spread over wh
 def read_onnx(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the BatchNormalization nodes of an ONNX file and what follows each.
 
-    An exported psBN is a BatchNormalization whose bias is beta + shift.
-
     Args:
         path (str | PathLike): The file.
 

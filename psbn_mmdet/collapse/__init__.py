@@ -10,7 +10,6 @@ from .census import (
     check_thresholds,
     compare,
     find_norms,
-    trainable_bias,
 )
 from .gradients import GradientWatch
 from .leak import leak_share
@@ -45,6 +44,5 @@ __all__ = [
     'revive',
     'trace_rectifiers',
     'trace_structure',
-    'trainable_bias',
     'what_follows',
 ]

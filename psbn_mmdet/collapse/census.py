@@ -1,13 +1,12 @@
 """Which filters of a network are collapsed, and why.
 
-Four facts are told apart, each per BN channel with its gamma and the bias b that the rectifier sees
-(the bias of BN; beta + alpha of psBN):
+Four facts are told apart, each per BN or psBN channel with its gamma and its bias b:
 
 - *vanished*: ``|gamma| <= tau``. The filter's response no longer reaches the output.
 - *dead*: ``b + k * |gamma| <= 0``, predicted from the parameters of a BN whose output goes
   straight into a rectifier. With xhat ~ N(0, 1) and k = 3 the rectifier then passes something for
   at most Phi(-3) = 0.135 % of the inputs.
-- *trapped*: no gradient reached gamma nor beta in a window of steps in which one reached the layer.
+- *trapped*: no gradient reached gamma or bias in a window of steps in which one reached the layer.
   Measured in training (see :mod:`.gradients`), exact for any activation, wherever it stands.
 - *broken*: gamma or b is not a finite number.
 
@@ -45,7 +44,7 @@ from ..records import KINDS, stage_of
 RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
 # What follows a layer is not known, and taken for a rectifier.
 ASSUMED = 'assumed'
-_ENTRIES = ('weight', 'bias', 'beta', 'shift', 'running_mean', 'running_var')
+_ENTRIES = ('weight', 'bias', 'running_mean', 'running_var')
 MOST_K = 10**6  # standard deviations; with far more, float32 overflows
 
 
@@ -55,10 +54,10 @@ class LayerCensus:
 
     Attributes:
         name (str): The layer's name in the network.
-        norm (str): 'BN' or 'psBN'.
+        norm (str): 'BN' or 'psBN'; always 'BN' in a state dict, which cannot tell.
         gamma (np.ndarray): Scale, shape (C,).
-        bias (np.ndarray): The bias b that the rectifier sees, shape (C,).
-        frozen (bool): Whether neither gamma nor beta is trained.
+        bias (np.ndarray): The bias b, shape (C,).
+        frozen (bool): Whether neither gamma nor bias is trained.
         rectifier (str, optional): What follows the layer: 'relu', 'leaky_relu', 'other' for
             anything else, None if it is not known, 'assumed' if it is taken for a rectifier.
         unstarted (np.ndarray): Bool, shape (C,).
@@ -237,11 +236,6 @@ def find_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def trainable_bias(norm: _BatchNorm) -> nn.Parameter | None:
-    """The trained part of a layer's bias: ``beta`` of psBN, ``bias`` of BN."""
-    return norm.beta if isinstance(norm, PostShiftedBatchNorm) else norm.bias
-
-
 @torch.no_grad()
 def census_of_model(
     model: nn.Module,
@@ -298,7 +292,7 @@ def census_of_model(
     layers = []
     for (name, norm), gamma, bias in zip(norms.items(), gammas, biases):
         kind = 'psBN' if isinstance(norm, PostShiftedBatchNorm) else 'BN'
-        params = (norm.weight, trainable_bias(norm))
+        params = (norm.weight, norm.bias)
         frozen = not any(p is not None and p.requires_grad for p in params)
         layers.append(
             _judge(
@@ -328,7 +322,7 @@ def census_of_state_dict(
     """Count the collapsed filters in a state dict, from the parameters alone.
 
     Args:
-        state_dict (Mapping[str, Any]): With BN or psBN layers, see
+        state_dict (Mapping[str, Any]): With BN layers, see
             :func:`psbn_mmdet.layers.find_norm_states`.
         tau (float): See :func:`census_of_model`.
         k (float): See :func:`census_of_model`.
@@ -343,8 +337,8 @@ def census_of_state_dict(
     """
     check_thresholds(tau, k)
     layers = []
-    for name, norm in find_norm_states(state_dict).items():
-        if norm not in ('BN', 'psBN'):
+    for name, unknown in find_norm_states(state_dict).items():
+        if unknown:
             continue
         if any(
             isinstance(value, torch.Tensor) and value.is_meta
@@ -352,13 +346,11 @@ def census_of_state_dict(
         ):
             raise ValueError(f'{name} is on the meta device, without values: give a whole file')
         gamma = _to_numpy([state_dict[entry_key(name, 'weight')]])
-        bias = _to_numpy([state_dict[entry_key(name, 'bias' if norm == 'BN' else 'beta')]])
-        if norm == 'psBN':
-            bias = bias + np.float32(state_dict[entry_key(name, 'shift')])
+        bias = _to_numpy([state_dict[entry_key(name, 'bias')]])
         rectifier = (rectifiers or {}).get(name)
         mean, var = (state_dict.get(entry_key(name, f'running_{what}')) for what in ('mean', 'var'))
         fresh = _unstarted(name, gamma, bias, mean, var, unstarted)
-        layers.append(_judge(name, norm, gamma, bias, False, tau, k, rectifier, None, fresh))
+        layers.append(_judge(name, 'BN', gamma, bias, False, tau, k, rectifier, None, fresh))
     return Census(layers, tau, k)
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from .census import trainable_bias
-
 
 class GradientWatch:
     """Note, step by step, when a gradient last reached each BN channel.
@@ -45,7 +43,7 @@ class GradientWatch:
         layer_of = {
             param: name
             for name, norm in norms.items()
-            for param in (norm.weight, trainable_bias(norm))
+            for param in (norm.weight, norm.bias)
             if param is not None
         }
         self._groups: list[_ParamGroup] = []
@@ -213,7 +211,7 @@ class _ParamGroup:
         yield from self._by_layer(age >= window, observed)
 
     def _by_layer(self, mask: Tensor, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """The parts of a mask: gamma's and beta's of each of these layers."""
+        """The parts of a mask: gamma's and bias's of each of these layers."""
         ends = np.cumsum([p.numel() for p in self.params])
         for number, part in zip(self.numbers, np.split(mask.cpu().numpy(), ends[:-1])):
             if self.layers[number] in names:

@@ -1,22 +1,22 @@
-"""Recovery: decaying gamma and beta of closed filters until psBN's shift opens them.
+"""Recovery: decaying gamma and beta = b - alpha of closed filters until psBN's shift opens them.
 
 A filter is *closed* while the ReLU behind its psBN passes nothing: ``gamma * xhat + beta + alpha
 <= 0`` for all inputs. Its output is then 0 whatever gamma and beta are, so both may be multiplied
 by ``q < 1`` at no cost, as long as it stays closed. With ``m < -alpha`` the maximum of ``gamma *
 xhat + beta``, it does until ``q^n m + alpha > 0``: there the output leaves 0, continuously,
-gradients reach the filter again, and the decay ends. Weight decay goes the same way at the rate of
-the whole network (arXiv 2001.11216); BN's closed filters stay closed on the whole of it.
+gradients reach the filter again, and the decay ends. Weight decay does the same at the rate of the
+whole network (arXiv 2001.11216); closed filters of BN stay closed throughout.
 
 Evidence that a filter is closed is that in each of the last steps
 
-- no gradient reached gamma nor beta, though the layer had gradients, and
+- no gradient reached gamma or bias, though the layer had gradients, and
 - the layer's output went into ReLUs alone and was never positive, on any rank; or it went into
   sums alone, as at the end of a residual block, these into ReLUs, and they passed nothing. The
   decay then brings the layer's part of the sum nearer to alpha, and the rest is the same.
 
 The first is not enough: the head of a detector gets no gradient where there is no positive sample,
 open as it is. The second is looked at only where the first holds, and travels with the gradients:
-a rank that has seen the filter open, or cannot tell, adds a number to the gradient of its beta
+a rank that has seen the filter open, or cannot tell, adds a number to the gradient of its bias
 that is too small to change any sum, but not 0 (:data:`OPEN`). So after the reduction of gradients
 all ranks know the same and do the same, without a collective. Before the step these numbers are
 taken away.
@@ -28,7 +28,7 @@ decayed, get their size back while it is closed, so that it responds when it ope
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def decay_per_step(shift: float, steps: int) -> float:
 
 
 class Recovery:
-    """Decay gamma and beta of the closed filters of psBN layers, in a pre-hook of each step.
+    """Decay gamma and b - alpha of closed filters of psBN layers, in a pre-hook of each step.
 
     Once in ``window`` steps the gradients of all layers are looked at. Filters without any are
     watched from then on: their outputs in each forward pass, their gradients in each step. After
@@ -74,7 +74,7 @@ class Recovery:
     Moments of the optimiser, such as momentum, are set to 0 meanwhile. The convolutions around
     them are restored when it begins.
 
-    Layers take part whose gamma and beta are trained by one optimiser.
+    Layers take part whose gamma and bias are trained by one optimiser.
 
     Args:
         optimizers (Sequence[Optimizer]): All optimisers of the training.
@@ -111,12 +111,12 @@ class Recovery:
         for optimizer in optimizers:
             own = {p for group in optimizer.param_groups for p in group['params']}
             layers = [
-                _Layer(name, norm, witness, around, decay_per_step(norm.shift_value, steps))
+                _Layer(name, norm, witness, around, decay_per_step(norm.shift, steps))
                 for name, norm in norms.items()
-                if norm.weight in own and norm.beta is not None and norm.beta in own
+                if norm.weight in own and norm.bias is not None and norm.bias in own
             ]
-            for device in dict.fromkeys(layer.beta.device for layer in layers):
-                group = _Group([x for x in layers if x.beta.device == device], window)
+            for device in dict.fromkeys(layer.bias.device for layer in layers):
+                group = _Group([x for x in layers if x.bias.device == device], window)
                 self._groups.append(group)
                 let_hooks_run(optimizer)
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step(group)))
@@ -210,11 +210,12 @@ class _Layer:
         self.name = name
         self._norm = norm
         self._around = around
-        self.gamma, self.beta = norm.weight, cast(nn.Parameter, norm.beta)
+        self.gamma, self.bias = norm.weight, norm.bias
+        self.shift = norm.shift
         self.factor = factor
         self._witness = witness
-        self.watched = torch.zeros_like(self.beta, dtype=torch.bool)
-        self.proof = torch.zeros_like(self.beta, dtype=torch.int32)
+        self.watched = torch.zeros_like(self.bias, dtype=torch.bool)
+        self.proof = torch.zeros_like(self.bias, dtype=torch.int32)
         self.opened = torch.zeros_like(self.watched)
         self.restored = torch.zeros_like(self.watched)
         self._index = self.watched.nonzero().flatten()
@@ -234,7 +235,7 @@ class _Layer:
         self._open = None
         if not len(self._index):
             return
-        self._handles.append(self.beta.register_hook(self._before_accumulation))
+        self._handles.append(self.bias.register_hook(self._before_accumulation))
         witness = self._witness(self.name)
         if witness is not None:
             self._handles.append(witness.register_forward_hook(self._after_forward))
@@ -285,12 +286,12 @@ class _Group:
         self._busy = [layer for layer in self.layers if len(layer._index)]
         if not self._busy:
             return
-        self._sizes = [len(layer.beta) for layer in self._busy]
+        self._sizes = [len(layer.bias) for layer in self._busy]
         self._watched = torch.cat([layer.watched for layer in self._busy])
         self._proof = torch.cat([layer.proof for layer in self._busy])
         self._opened = torch.cat([layer.opened for layer in self._busy])
         self._factor = torch.cat(
-            [torch.full_like(x.beta, x.factor, dtype=torch.float32) for x in self._busy]
+            [torch.full_like(x.bias, x.factor, dtype=torch.float32) for x in self._busy]
         )
 
     def put_back(self) -> None:
@@ -312,9 +313,9 @@ class _Group:
 
     def _decay(self, optimizer: Optimizer) -> None:
         gammas: list[Tensor] = [layer.gamma for layer in self._busy]
-        betas: list[Tensor] = [layer.beta for layer in self._busy]
+        biases: list[Tensor] = [layer.bias for layer in self._busy]
         alive = _alive(self._busy)
-        self._take_signs_away(betas)
+        self._take_signs_away(biases)
         found_inf = getattr(optimizer, 'found_inf', None)
         was_closed = self._proof >= self.window
         proof = torch.where(alive | ~self._watched, 0, self._proof + 1)
@@ -324,12 +325,15 @@ class _Group:
             proof, closed = torch.where(skips, self._proof, proof), closed & ~skips
         self._proof = proof
         self._opened = self._opened | (was_closed & (proof == 0))
-        factor = torch.where(closed, self._factor, 1).split(self._sizes)
-        _multiply(gammas + betas, [*factor, *factor])
+        factor = torch.where(closed, self._factor, 1)
+        _multiply(gammas, factor.split(self._sizes))
+        betas = list(torch._foreach_sub(biases, [layer.shift for layer in self._busy]))
+        _multiply(betas, (1 - factor).split(self._sizes))
+        torch._foreach_sub_(biases, betas)  # nothing changes where the factor is 1
         moving = (~closed).float().split(self._sizes)
         moments = [
             (state, part)
-            for params in (gammas, betas)
+            for params in (gammas, biases)
             for param, part in zip(params, moving)
             for key, state in optimizer.state.get(param, {}).items()
             if isinstance(state, Tensor) and state.shape == param.shape and key not in _KEPT
@@ -338,9 +342,9 @@ class _Group:
         for layer in self._busy:
             layer.forget_outputs()
 
-    def _take_signs_away(self, betas: list[Tensor]) -> None:
+    def _take_signs_away(self, biases: list[Tensor]) -> None:
         """Leave only what is to be trained by in the gradients."""
-        grads = [torch.zeros_like(b) if b.grad is None else b.grad for b in betas]
+        grads = [torch.zeros_like(b) if b.grad is None else b.grad for b in biases]
         tiny = torch.cat([grad.float() for grad in grads]).abs() <= 1000 * _sign(grads[0].dtype)
         _multiply(grads, (~(tiny & self._watched)).float().split(self._sizes))
 
@@ -349,7 +353,7 @@ class _Group:
         self.put_back()
         self._restore()
         lifeless = ~_alive(self.layers)
-        for layer, watched in zip(self.layers, lifeless.split([len(x.beta) for x in self.layers])):
+        for layer, watched in zip(self.layers, lifeless.split([len(x.bias) for x in self.layers])):
             layer.proof = torch.where(watched & layer.watched, layer.proof, 0)
             layer.watch(watched)
         self.take()
@@ -397,10 +401,10 @@ def _alive(layers: Sequence[_Layer]) -> Tensor:
     """Which channels of some layers give a sign of life, or could not have given one."""
 
     def moved(grads: Iterable[Tensor | None]) -> Tensor:
-        filled = [torch.ones_like(x.beta) if g is None else g for x, g in zip(layers, grads)]
+        filled = [torch.ones_like(x.bias) if g is None else g for x, g in zip(layers, grads)]
         return torch.cat([grad.float() for grad in filled]) != 0
 
-    return moved(x.gamma.grad for x in layers) | moved(x.beta.grad for x in layers)
+    return moved(x.gamma.grad for x in layers) | moved(x.bias.grad for x in layers)
 
 
 def _multiply(tensors: list[Tensor], factors: Iterable[Tensor]) -> None:

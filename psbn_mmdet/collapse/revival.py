@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 from ..layers import entry_key, find_norm_states, rectifier_closed
-from ..layers.psbn import at_least_float32
 from .restore import restore_own, restore_reader
 from .trace import Structure
 
-# Of the shift, to which b is set. Nearer to 0 half of the filters close again in the first steps,
-# and a larger one changes more of what the network computes (docs/checkpoints.md).
-OPEN = 0.2
+# What the bias is set to. Nearer to 0 half of the filters close again in the first steps, and a
+# larger one changes more of what the network computes (docs/checkpoints.md).
+OPEN = 0.02
 
 
 @torch.no_grad()
 def revive(
-    state_dict: Mapping[str, Any], structure: Structure
+    state_dict: Mapping[str, Any], structure: Structure, bias: float = OPEN
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """Open the closed filters of psBN layers, so that gradient reaches them in the first step.
+    """Open the closed filters of BN or psBN layers: gradient reaches them in the first step.
 
-    Closed are those with ``b + 3 * |gamma| <= 0`` before a ReLU. Their b is set to a fifth of the
-    shift, and decayed weights around them are restored (:mod:`.restore`). The network then
-    computes something else, by as much as these filters put out, which is about that b.
+    Closed are those with ``b + 3 * |gamma| <= 0`` before a ReLU. Their bias is set to ``bias``, and
+    decayed weights around them are restored (:mod:`.restore`). This changes what the network
+    computes, by what these filters put out, which is about ``bias``.
 
     Args:
-        state_dict (Mapping[str, Tensor]): Of a network with psBN; not changed.
+        state_dict (Mapping[str, Tensor]): Of a network with BN or psBN; not changed.
         structure (Structure): What stands around its layers, by the state dict's names.
+        bias (float): What the bias of closed filters is set to. Defaults to 0.02.
 
     Returns:
         tuple[dict[str, Tensor], dict[str, list[int]]]: The new state dict, and the opened channels
@@ -39,7 +39,6 @@ def revive(
 
     Examples:
         >>> structure = trace_structure(model, torch.randn(2, 3, 64, 64))
-        >>> bn_to_psbn(model)
         >>> model.load_state_dict(revive(model.state_dict(), structure)[0])
     """
     new: Any = copy.copy(state_dict)  # with torch's versions of the modules
@@ -54,19 +53,16 @@ def revive(
                 found[name] = new[key] = new[key].clone()
         return found
 
-    for name, kind in find_norm_states(state_dict).items():
-        if kind != 'psBN' or structure.rectifiers.get(name) != 'relu':
+    for name, unknown in find_norm_states(state_dict).items():
+        if unknown or structure.rectifiers.get(name) != 'relu':
             continue
-        gamma, beta, shift = (
-            at_least_float32(state_dict[entry_key(name, entry)])
-            for entry in ('weight', 'beta', 'shift')
-        )
-        closed = rectifier_closed(gamma, beta + shift)
+        gamma, b = (state_dict[entry_key(name, entry)].float() for entry in ('weight', 'bias'))
+        closed = rectifier_closed(gamma, b)
         if not closed.any():
             continue
         opened[name] = closed.nonzero().flatten().tolist()
-        norm = entries(name, 'weight', 'beta', 'running_mean', 'running_var')
-        norm['beta'][closed] = ((OPEN - 1) * shift).to(norm['beta'].dtype)
+        norm = entries(name, 'weight', 'bias', 'running_mean', 'running_var')
+        norm['bias'][closed] = bias
         if name in structure.producers:
             producer = entries(structure.producers[name], 'weight', 'bias')
             if 'weight' in producer:

@@ -102,7 +102,7 @@ def make_audit(args: argparse.Namespace) -> Audit:
             unstarted=weights.unstarted,
         )
         if not census.layers:
-            why = ', '.join(sorted(set(find_norm_states(weights.state_dict).values())))
+            why = ', '.join(sorted(map(str, set(find_norm_states(weights.state_dict).values()))))
             raise ValueError(
                 f'{path} has only BN that cannot be audited ({why}): give another file'
             )

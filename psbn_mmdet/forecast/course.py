@@ -1,7 +1,7 @@
 """What psBN can do in a training: which closed filters open in it, and when.
 
-No gradient reaches a closed filter, so what becomes of its gamma and beta follows from the
-optimiser's settings alone. Weight decay leaves a share r(t) of both after t iterations,
+No gradient reaches a closed filter, so what becomes of its gamma and beta = b - alpha follows from
+the optimiser's settings alone. Weight decay leaves a share r(t) of both after t iterations,
 
 - of SGD with weight decay w, learning rate l(t), momentum m and buffer v:
   ``v <- m v + w p,  p <- p - l v`` (of AdamW ``p <- (1 - l w) p``, and no more: its moments are 0);

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..collapse import Census, trainable_bias
+from ..collapse import Census
 from ..layers import PostShiftedBatchNorm
 from .course import Course, Part
 
@@ -174,16 +174,16 @@ def make_forecast(
         norm = norms.get(layer.name)
         if not isinstance(norm, PostShiftedBatchNorm):
             continue
-        gamma, beta = norm.weight, trainable_bias(norm)
-        if beta is None or beta not in courses or gamma not in courses:
+        gamma, bias = norm.weight, norm.bias
+        if bias not in courses or gamma not in courses:
             continue
         before_relu += layer.rectifier == 'relu'
         closed = layer.dead if layer.dead is not None and layer.rectifier == 'relu' else None
-        if courses[beta] is None or courses[gamma] is None:
+        if courses[bias] is None or courses[gamma] is None:
             unknown += 0 if closed is None else int(closed.sum())
             continue
-        key = (norm.shift_value, id(courses[gamma]), id(courses[beta]))
-        groups.setdefault(key, []).append((layer, closed, courses[gamma], courses[beta]))
+        key = (norm.shift, id(courses[gamma]), id(courses[bias]))
+        groups.setdefault(key, []).append((layer, closed, courses[gamma], courses[bias]))
     if not groups and not unknown:
         return None
     parts = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,9 @@ from .journal import Journal
 from .lineage import recall_unstarted, remember_unstarted
 from .parts import Parts
 from .recovery_hook import RecoveryHook
-from .refusals import is_count, optimizers_of, refuse_model, refuse_weights, unwrapped
+from .refusals import is_count, optimizers_of, refuse_model, unwrapped
 from .scalars import draw_stages, drop_scalars, log_scalars
-from .weight_decay import weight_decay_warning
+from .weight_decay import unstepped_warning, weight_decay_warning
 
 
 @HOOKS.register_module()
@@ -123,10 +123,6 @@ class CollapseHook(Hook):
         """Refuse what psBN or the counting cannot work with, before time is spent on it."""
         refuse_model(runner)
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse to read psBN weights into BN, which would be off by the shift unnoticed."""
-        refuse_weights(unwrapped(runner.model), checkpoint)
-
     def before_train(self, runner: Runner) -> None:
         """Take the baseline, warn of settings without recovery, attach to the optimisers."""
         if not is_main_process():
@@ -138,8 +134,7 @@ class CollapseHook(Hook):
             return
         optimizers = optimizers_of(runner)
         self._parts = Parts(runner)
-        self._parts.run('messages on layers', _log_read_as_bn, runner, norms.values())
-        self._parts.run('messages on layers', _warn_of_weight_decay, runner, norms, optimizers)
+        self._parts.run('messages on layers', _warn_of_optimizers, runner, norms, optimizers)
         self._parts.run('counts', self._start, runner, norms, optimizers)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -196,7 +191,7 @@ class CollapseHook(Hook):
             )
             start = recalled or start
         settings = dict(interval=self.interval, window=self.window, tau=self.tau, k=self.k)
-        shifts = {name: getattr(norm, 'shift_value', 0.0) for name, norm in norms.items()}
+        shifts = {name: getattr(norm, 'shift', 0.0) for name, norm in norms.items()}
         self._journal = Journal(self._parts, shifts, settings)
         self._history = History(start, self._journal.begin(runner, start))
         self._parts.run('snapshots', self._keep_snapshot, runner)
@@ -347,34 +342,29 @@ def _recovery_hook(runner: Runner) -> RecoveryHook | None:
     return next((hook for hook in runner.hooks if isinstance(hook, RecoveryHook)), None)
 
 
-def _log_read_as_bn(runner: Runner, norms: Iterable[nn.Module]) -> None:
-    read = [n.read_as_bn for n in norms if isinstance(n, PostShiftedBatchNorm)]
-    if any(read):
-        runner.logger.info(
-            f'psBN: {sum(read)} of {len(read)} layers were read as BN (beta = bias - shift): the '
-            'network computes what it computed with BN.'
-        )
-
-
 def _warn_of_unwatched(runner: Runner, start: Census, watched: set[str]) -> None:
     trained = [layer.name for layer in start.layers if not layer.frozen]
     unwatched = [name for name in trained if name not in watched]
     if unwatched:
         runner.logger.warning(
             f'CollapseHook: trapped filters are not observed in {len(unwatched)} layers, whose '
-            'gamma and beta are in no optimiser, or are those of another layer, too: '
+            'gamma and bias are in no optimiser, or are those of another layer, too: '
             f'{", ".join(unwatched)}.'
         )
 
 
-def _warn_of_weight_decay(
+def _warn_of_optimizers(
     runner: Runner, norms: Mapping[str, _BatchNorm], optimizers: Sequence[Optimizer]
 ) -> None:
-    if _recovery_hook(runner) is not None:
+    if _recovery_hook(runner) is not None:  # which needs no weight decay, and warns by itself
         return
-    warning = weight_decay_warning(norms, optimizers, runner.cfg.get('optim_wrapper') or {})
-    if warning:
-        runner.logger.warning(warning)
+    settings = runner.cfg.get('optim_wrapper') or {}
+    for warning in (
+        unstepped_warning(norms, optimizers),
+        weight_decay_warning(norms, optimizers, settings),
+    ):
+        if warning:
+            runner.logger.warning(warning)
 
 
 def _courses(runner: Runner, norms: Mapping[str, _BatchNorm]) -> dict[nn.Parameter, Course | None]:

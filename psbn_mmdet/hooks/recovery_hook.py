@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ..collapse import Recovery, StepTrace, find_norms
 from ..layers import PostShiftedBatchNorm
 from .refusals import is_count, optimizers_of, refuse_model, unwrapped
+from .weight_decay import unstepped_warning
 
 STATE = 'psbn_recovery'  # of a checkpoint
 
 
 @HOOKS.register_module()
 class RecoveryHook(Hook):
-    """Decay gamma and beta of closed filters of psBN layers until the shift opens them.
+    """Decay gamma and beta = b - shift of closed filters of psBN layers until the shift opens them.
 
     psBN recovers a closed filter by weight decay, at the rate of the whole network: tens of
     thousands of steps at MMDetection's settings. While a filter is closed, its gamma and beta have
@@ -76,7 +77,7 @@ class RecoveryHook(Hook):
             raise RuntimeError(
                 'RecoveryHook: the model has no psBN layer, and a closed filter of BN stays closed '
                 'all the way to gamma = beta = 0, where it outputs 0 for ever: set '
-                "norm_cfg=dict(type='psBN') or remove the hook"
+                "norm_cfg=dict(type='psBN'), without sync_bn, or remove the hook"
             )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -109,8 +110,9 @@ class RecoveryHook(Hook):
         self._network = model
         self._witnesses, self._producers, self._consumers = {}, {}, {}
         self._agreed = False
+        optimizers = optimizers_of(runner)
         self._recovery = Recovery(
-            optimizers_of(runner),
+            optimizers,
             norms,
             self._witness,
             self.steps,
@@ -118,9 +120,12 @@ class RecoveryHook(Hook):
             self._around,
             failed,
         )
+        warning = unstepped_warning(norms, optimizers)
+        if warning:
+            runner.logger.warning(warning)
         if not self._recovery.layers:
             runner.logger.warning(
-                'RecoveryHook: no optimiser trains gamma and beta of a psBN layer: nothing can be '
+                'RecoveryHook: no optimiser trains gamma and bias of a psBN layer: nothing can be '
                 'recovered.'
             )
         if runner.iter > 0 and self._saved is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from mmengine.dist import all_gather_object, barrier
 from mmengine.model import is_model_wrapper
@@ -62,24 +62,6 @@ def _refuse_unlike_ranks(model: nn.Module) -> None:
             raise RuntimeError(
                 f'the ranks have different BN and psBN layers, rank 0 {len(first)} and rank {rank} '
                 f'{len(other)}, such as {unlike}: start all of them with the same config'
-            )
-
-
-def refuse_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Refuse psBN weights for BN, which would be off by the shift unnoticed.
-
-    Raises:
-        RuntimeError: If there are any.
-    """
-    state_dict = checkpoint.get('state_dict', checkpoint)
-    plain_names = {str(key).removeprefix('module.') for key in state_dict}
-    for name, norm in find_norms(model).items():
-        plain = name.removeprefix('module.')  # of the model that test-time augmentation wraps
-        if not isinstance(norm, PostShiftedBatchNorm) and f'{plain}.beta' in plain_names:
-            raise RuntimeError(
-                f'the checkpoint has psBN weights for {plain}, which is BN in this model: set '
-                "norm_cfg=dict(type='psBN') or convert the checkpoint with "
-                'tools/convert_checkpoint.py --to bn'
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether weight decay, which psBN recovers by, reaches the layers."""
+"""Whether psBN's optimisers step its biases, and decay them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,35 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from ..collapse.census import trainable_bias
 from ..layers import PostShiftedBatchNorm
+
+
+def unstepped_warning(
+    norms: Mapping[str, _BatchNorm], optimizers: Sequence[Optimizer]
+) -> str | None:
+    """Say which psBN layers are trained, but have their bias in no optimiser.
+
+    Args:
+        norms (Mapping[str, nn.Module]): BN and psBN layers by name.
+        optimizers (Sequence[Optimizer]): All optimisers of the training.
+
+    Returns:
+        str, optional: One sentence, None if all is well.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    own = {param for group in groups for param in group['params']}
+    biases = {
+        name: norm.bias for name, norm in norms.items() if isinstance(norm, PostShiftedBatchNorm)
+    }
+    trained = {name: b for name, b in biases.items() if b is not None and b.requires_grad}
+    names = [name for name, bias in trained.items() if bias not in own]
+    if not names:
+        return None
+    return (
+        f'psBN: the bias of {len(names)} of {len(trained)} layers, such as {names[0]}, is in no '
+        'optimiser: where copies or flattened parameters are stepped in its place (Apex O2, FSDP), '
+        'weight decay pulls it to 0, as in BN, and not to the shift.'
+    )
 
 
 def weight_decay_warning(
@@ -17,10 +44,10 @@ def weight_decay_warning(
     optimizers: Sequence[Optimizer],
     optim_wrapper_cfg: Mapping[str, Any],
 ) -> str | None:
-    """Say which psBN layers cannot recover, since gamma and beta are not decayed.
+    """Say which psBN layers cannot recover, since gamma and bias are not decayed.
 
-    The loss has no gradient in a collapsed filter; only weight decay moves its gamma and beta to
-    zero, where the shift opens the rectifier (arXiv 2001.11216).
+    The loss has no gradient in a collapsed filter; only weight decay moves its gamma to 0 and its
+    bias to the shift, which opens the rectifier (arXiv 2001.11216).
 
     Args:
         norms (Mapping[str, nn.Module]): BN and psBN layers by name; BN and frozen ones are
@@ -38,25 +65,23 @@ def weight_decay_warning(
         for param in group['params']
     }
     trained = {
-        name: [p for p in (norm.weight, trainable_bias(norm)) if p is not None and p.requires_grad]
+        name: [p for p in (norm.weight, norm.bias) if p is not None and p.requires_grad]
         for name, norm in norms.items()
         if isinstance(norm, PostShiftedBatchNorm)
     }
     trained = {name: params for name, params in trained.items() if params}
-    without = [n for n, params in trained.items() if any(not decay_of.get(p) for p in params)]
+    without = [n for n, params in trained.items() if any(decay_of.get(p) == 0 for p in params)]
     if not without:
         return None
-    if not any(p in decay_of for name in without for p in trained[name]):
-        cause = 'no optimiser has them'
-    elif not any(optimizer.defaults.get('weight_decay') for optimizer in optimizers):
+    if not any(optimizer.defaults.get('weight_decay') for optimizer in optimizers):
         cause = 'the cause is optim_wrapper.optimizer.weight_decay=0'
     else:
         settings = _settings(optim_wrapper_cfg) or ["the optimiser's parameter groups"]
         cause = f'the cause is {" and ".join(settings)}'
     return (
-        f'Weight decay does not reach gamma and beta of {len(without)} of {len(trained)} psBN '
+        f'Weight decay does not reach gamma and bias of {len(without)} of {len(trained)} psBN '
         f'layers, such as {without[0]} ({cause}): psBN recovers by weight decay and can revive '
-        "no filter there. Add dict(type='RecoveryHook') to custom_hooks, or give gamma and beta a "
+        "no filter there. Add dict(type='RecoveryHook') to custom_hooks, or give gamma and bias a "
         'weight decay > 0.'
     )
 
@@ -66,7 +91,7 @@ def _settings(cfg: Mapping[str, Any]) -> list[str]:
     paramwise = cfg.get('paramwise_cfg') or {}
     found = [
         f'optim_wrapper.paramwise_cfg.{name}=0'
-        for name in ('norm_decay_mult', 'flat_decay_mult')
+        for name in ('norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult')
         if paramwise.get(name, 1) == 0
     ]
     found += [

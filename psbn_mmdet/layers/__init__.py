@@ -1,6 +1,5 @@
-"""The psBN layers, and conversion between them and BN."""
+"""The psBN layers, their weight decay, and the change of a network from BN to psBN and back."""
 
-from .layer_conversion import bn_to_psbn, psbn_to_bn
 from .psbn import (
     PostShiftedBatchNorm,
     PostShiftedBatchNorm1d,
@@ -11,7 +10,7 @@ from .psbn import (
     rectifier_closed,
 )
 from .state_dict import entry_key, find_norm_states
-from .switch import switch_norms
+from .switch import bn_to_psbn, psbn_to_bn, switch_norms
 
 __all__ = [
     'PostShiftedBatchNorm',

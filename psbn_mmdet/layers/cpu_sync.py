@@ -32,7 +32,7 @@ class _SumOverRanks(Function):
 def batch_norm_over_ranks(
     x: Tensor,
     weight: Tensor | None,
-    bias: Tensor,
+    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     factor: float,
@@ -46,7 +46,7 @@ def batch_norm_over_ranks(
     Args:
         x (Tensor): This rank's input, shape (N, C, ...).
         weight (Tensor, optional): gamma, shape (C,).
-        bias (Tensor): b, shape (C,).
+        bias (Tensor, optional): b, shape (C,).
         running_mean (Tensor, optional): Updated in place, shape (C,).
         running_var (Tensor, optional): Updated in place with the unbiased variance, shape (C,).
         factor (float): The share of the new statistics in the running ones.
@@ -81,4 +81,6 @@ def batch_norm_over_ranks(
     y = centred * torch.rsqrt(variance + eps).view(shape)
     if weight is not None:
         y = y * weight.view(shape)
-    return (y + bias.view(shape)).to(x.dtype)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype)

@@ -1,9 +1,9 @@
-"""Which entries of a state dict belong to BN and psBN layers."""
+"""Which entries of a state dict belong to BN layers. psBN has the same entries."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ def has_plain_values(tensor: Tensor) -> bool:
     return not (tensor.is_complex() or tensor.is_quantized) and tensor.layout == torch.strided
 
 
-def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Find the BN and psBN layers in a state dict, from nothing but its keys and shapes.
+def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str | None]:
+    """Find the BN layers in a state dict, from nothing but its keys and shapes.
 
     BN is what has a running variance; LayerNorm and GroupNorm have none. An InstanceNorm that
     tracks its statistics has the same entries and cannot be told apart.
@@ -31,36 +31,27 @@ def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str]:
         state_dict (Mapping[str, Any]): The state dict.
 
     Returns:
-        dict[str, str]: By layer name, in the order of the file, '' for a layer that is itself the
-        network: 'BN', 'psBN', or why the layer can be taken for neither, such as 'no gamma'.
+        dict[str, str, optional]: By layer name, in the order of the file, '' for a layer that is
+        itself the network: None, or why nothing can be said of the layer, such as 'no gamma'.
     """
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     for key in state_dict:
         name, _, entry = str(key).rpartition('.')
-        if entry not in ('running_var', 'beta') or name in found:
+        if entry != 'running_var' or not isinstance(state_dict[key], Tensor):
             continue
         entries = {
-            entry: state_dict.get(entry_key(name, entry))
-            for entry in ('weight', 'bias', 'beta', 'shift', 'running_var')
+            entry: value
+            for entry in ('weight', 'bias', 'running_var')
+            if isinstance(value := state_dict.get(entry_key(name, entry)), Tensor)
         }
-        has = {entry for entry, value in entries.items() if isinstance(value, Tensor)}
-        if not has >= {'beta', 'shift'} and 'running_var' not in has:
-            continue
-        shapes = {entries[entry].shape for entry in has - {'shift'}}  # type: ignore[union-attr]
-        if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+        shape = entries['running_var'].shape
+        found[name] = None
+        if len(shape) != 1 or any(value.shape != shape for value in entries.values()):
             found[name] = 'shapes differ'
-        elif not all(has_plain_values(cast(Tensor, entries[entry])) for entry in has):
+        elif not all(map(has_plain_values, entries.values())):
             found[name] = 'no plain real numbers'
-        elif not 1 <= next(iter(shapes))[0] <= MOST_CHANNELS:
+        elif not 1 <= shape[0] <= MOST_CHANNELS:
             found[name] = f'not 1 to {MOST_CHANNELS:,} channels'
-        elif 'shift' in has and cast(Tensor, entries['shift']).numel() != 1:
-            found[name] = 'no single shift'
-        elif 'weight' not in has:
-            found[name] = 'no gamma'
-        elif has >= {'beta', 'shift'}:
-            found[name] = 'psBN'
-        elif 'shift' in has:
-            found[name] = 'no beta'
-        else:
-            found[name] = 'BN' if 'bias' in has else 'no bias'
+        elif len(entries) < 3:
+            found[name] = 'no gamma' if 'weight' not in entries else 'no bias'
     return found

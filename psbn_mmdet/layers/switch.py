@@ -1,25 +1,101 @@
-"""Changing the norms of a built model that has not been trained, wherever they come from.
-
-A config says the norms of some parts; others are defaults of constructors, or written out in a
-class. Once the model is built all of them are layers, and can be replaced.
-"""
+"""BN to psBN and back in a built network: the class of its layers changes, their weights do not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from mmengine.model.utils import _BatchNormXd
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .layer_conversion import bn_to_psbn, psbn_to_bn, replace_layers
-from .psbn import PostShiftedBatchNorm
+from .decay import follow, unfollow
+from .psbn import (
+    PostShiftedBatchNorm,
+    PostShiftedBatchNorm1d,
+    PostShiftedBatchNorm2d,
+    PostShiftedBatchNorm3d,
+    PostShiftedSyncBatchNorm,
+    check_shift,
+)
 
 NORMS = ('psBN', 'BN')
 SWITCHED = 'SwitchNorms'  # the type of a model that is built by build_switched
+
+_PSBN_OF_BN: dict[type[nn.Module], type[PostShiftedBatchNorm]] = {
+    nn.BatchNorm1d: PostShiftedBatchNorm1d,
+    nn.BatchNorm2d: PostShiftedBatchNorm2d,
+    nn.BatchNorm3d: PostShiftedBatchNorm3d,
+    nn.SyncBatchNorm: PostShiftedSyncBatchNorm,
+    SyncBatchNorm: PostShiftedSyncBatchNorm,  # the SyncBN of configs, which is torch's
+    # What MMEngine makes of SyncBN in a run of one process; it takes inputs of any shape.
+    _BatchNormXd: PostShiftedSyncBatchNorm,
+}
+_BN_OF_PSBN = {psbn: bn for bn, psbn in reversed(_PSBN_OF_BN.items())}
+
+
+def bn_to_psbn(network: nn.Module, shift: float = 0.1) -> nn.Module:
+    """Make psBN of the BN layers of a network, in place; outputs stay as they are.
+
+    Layers of torch's own BN classes change their class and nothing else: parameters, buffers and
+    hooks stay the same objects, so an optimiser may have been built. Layers of other classes are
+    left alone, since they may compute something else, and so are layers without a bias.
+
+    Args:
+        network (nn.Module): A network, or a layer.
+        shift (float): The constant alpha of the new layers. Defaults to 0.1.
+
+    Returns:
+        nn.Module: ``network``.
+
+    Raises:
+        ValueError: If ``shift`` is out of range.
+    """
+    for layer in network.modules():
+        _to_psbn(layer, check_shift(shift))
+    return network
+
+
+def psbn_to_bn(network: nn.Module) -> nn.Module:
+    """Make BN of the psBN layers of a network, in place; outputs stay as they are.
+
+    For what compares exact classes, such as the fusing of torch.fx and the quantisation of
+    torch.ao. Layers of subclasses of psBN are left alone.
+
+    Args:
+        network (nn.Module): A network, or a layer.
+
+    Returns:
+        nn.Module: ``network``.
+    """
+    for layer in network.modules():
+        _to_bn(layer)
+    return network
+
+
+def _to_psbn(layer: Any, shift: float = 0.1) -> bool:
+    kind = PostShiftedSyncBatchNorm if _is_mm_sync_bn(layer) else _PSBN_OF_BN.get(type(layer))
+    if kind is None or layer.weight is None or layer.bias is None:
+        return False
+    if kind is PostShiftedSyncBatchNorm and not hasattr(layer, 'process_group'):
+        layer.process_group = getattr(layer, 'group', None)
+    layer.__class__ = kind
+    layer.shift, layer.passes = shift, 0
+    follow(layer)
+    return True
+
+
+def _to_bn(layer: Any) -> bool:
+    kind = _BN_OF_PSBN.get(type(layer))
+    if kind is None:
+        return False
+    unfollow(layer)
+    layer.__class__ = kind
+    return True
 
 
 def in_scope(path: str, scope: str | None) -> bool:
@@ -27,12 +103,12 @@ def in_scope(path: str, scope: str | None) -> bool:
     return scope is None or f'.{scope}.' in f'.{path}.'
 
 
+@torch.no_grad()
 def switch_norms(model: nn.Module, norm: str, scope: str | None = None) -> dict[str, str]:
     """Make psBN of all BN layers of a new model, or BN of all its psBN layers, in place.
 
-    Layers that are as their constructor left them, with all biases 0, become such layers of the
-    other kind: psBN then starts at b = shift, as by ``norm_cfg``. Others, such as those of a
-    backbone that has loaded its weights, keep their function. All other settings are kept.
+    New layers start as those of the other kind do: psBN at a bias of ``shift``, BN at 0. Others,
+    such as those of a backbone that has loaded its weights, keep their function.
 
     Args:
         model (nn.Module): The model, before its ``init_weights``.
@@ -40,48 +116,30 @@ def switch_norms(model: nn.Module, norm: str, scope: str | None = None) -> dict[
         scope (str, optional): Only layers inside modules of this name. Defaults to None, all.
 
     Returns:
-        dict[str, str]: Layers that were left, and why.
+        dict[str, str]: BN layers that were left, and why.
+
+    Raises:
+        ValueError: If ``norm`` is neither 'psBN' nor 'BN'.
     """
+    if norm not in NORMS:
+        raise ValueError(f'SwitchNorms: norm must be one of {", ".join(NORMS)}, got {norm!r}')
     left: dict[str, str] = {}
-
-    def convert(name: str, layer: nn.Module) -> nn.Module | None:
+    for name, layer in model.named_modules():
         if not in_scope(name, scope):
-            return None
-        new = (_new_psbn if norm == 'psBN' else _new_bn)(layer)
-        if isinstance(new, str):
-            left[name] = new
-            return None
-        return new
-
-    replace_layers(model, convert)
+            continue
+        if norm == 'BN':
+            is_new = isinstance(layer, PostShiftedBatchNorm) and layer.fresh
+            if _to_bn(layer) and is_new and bool((layer.bias == layer.shift).all()):
+                nn.init.zeros_(layer.bias)
+        elif _to_psbn(layer):
+            layer.fresh = not layer.bias.any()
+            layer.start()
+        elif _is_bn(layer) and not isinstance(layer, PostShiftedBatchNorm):
+            kind = type(layer).__name__
+            left[name] = f'{kind} is a class of its own, which may compute something else'
+            if layer.weight is None or layer.bias is None:
+                left[name] = 'without gamma or bias'
     return left
-
-
-@torch.no_grad()
-def _new_psbn(layer: nn.Module) -> nn.Module | str | None:
-    """The psBN to put in a layer's place, why there is none, or None where there is no BN."""
-    if isinstance(layer, PostShiftedBatchNorm) or not _is_bn(layer):
-        return None
-    if layer.weight is None or layer.bias is None:
-        return 'without gamma or bias'
-    bias = cast(Tensor, layer.bias).clone()
-    psbn = bn_to_psbn(_of_torch(layer))
-    if not isinstance(psbn, PostShiftedBatchNorm):
-        return f'{type(layer).__name__} is a class of its own, which may compute something else'
-    if not bias.any():
-        cast(Tensor, psbn.beta).zero_()
-    return psbn
-
-
-@torch.no_grad()
-def _new_bn(layer: nn.Module) -> nn.Module | None:
-    if not isinstance(layer, PostShiftedBatchNorm):
-        return None
-    is_new = layer.beta is not None and not bool(layer.beta.any())
-    bn = psbn_to_bn(layer)
-    if is_new:
-        cast(Tensor, bn.bias).zero_()
-    return bn
 
 
 def _is_bn(layer: nn.Module) -> bool:
@@ -93,43 +151,30 @@ def _is_mm_sync_bn(layer: nn.Module) -> bool:
     return (type(layer).__module__, type(layer).__name__) == ('mmcv.ops.sync_bn', 'SyncBatchNorm')
 
 
-def _of_torch(layer: Any) -> nn.Module:
-    """MMSyncBN as torch's SyncBN, any other layer as it is."""
-    if not _is_mm_sync_bn(layer):
-        return layer
-    new = nn.SyncBatchNorm(layer.num_features, layer.eps, layer.momentum)
-    new.weight, new.bias = layer.weight, layer.bias
-    new.running_mean, new.running_var = layer.running_mean, layer.running_var
-    new.num_batches_tracked = layer.num_batches_tracked
-    return new.train(layer.training)
-
-
 @MODELS.register_module(SWITCHED)
 def build_switched(
-    model_type: str | Callable, norm: str, norm_scope: str | None = None, **settings: Any
+    model_type: str | Callable, switches: Sequence[Mapping[str, Any]], **settings: Any
 ) -> nn.Module:
     """Build a model of another type, and switch its norms.
 
-    What a config with ``model=dict(type='SwitchNorms', model_type='YOLOV3', norm='psBN', ...)``
-    builds, all other settings being those of the model. ``tools/train.py --norm psBN`` writes it
-    where ``norm_cfg`` does not reach all norms.
+    What ``tools/train.py --norm psBN`` makes of a config's model::
+
+        model = dict(type='SwitchNorms', model_type='YOLOV3', switches=[dict(norm='psBN')], ...)
 
     Args:
         model_type (str | Callable): The ``type`` that the config had.
-        norm (str): See :func:`switch_norms`.
-        norm_scope (str, optional): See :func:`switch_norms`. Defaults to None.
+        switches (Sequence[dict]): Arguments of :func:`switch_norms`, one after another.
         **settings: Of the model.
 
     Returns:
         nn.Module: The model itself.
 
     Raises:
-        ValueError: If ``norm`` is neither 'psBN' nor 'BN'.
+        ValueError: If a ``norm`` is neither 'psBN' nor 'BN'.
     """
-    if norm not in NORMS:
-        raise ValueError(f'SwitchNorms: norm must be one of {", ".join(NORMS)}, got {norm!r}')
     model = MODELS.build({'type': model_type, **settings})
-    switch_norms(model, norm, norm_scope)
+    for switch in switches:
+        switch_norms(model, **switch)
     return model
 
 

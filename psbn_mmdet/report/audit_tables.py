@@ -87,7 +87,6 @@ def audit_to_dict(audit: Audit) -> dict[str, Any]:
     layers = [
         {
             'name': layer.name,
-            'norm': layer.norm,
             'channels': layer.channels,
             **{kind: int(mask.sum()) for kind, mask in masks.items()},
             'rectified': layer.rectified,
@@ -116,16 +115,14 @@ def audit_to_csv(audit: Audit) -> str:
     writer = csv.writer(text, lineterminator='\n')
     rows = audit.rows()
     kinds = list(rows[0][1])
-    writer.writerow(['layer', 'norm', 'rectified', 'channels', *kinds, 'which_collapsed'])
+    writer.writerow(['layer', 'rectified', 'channels', *kinds, 'which_collapsed'])
     for layer, masks in rows:
         rectified = {True: 'yes', False: 'no', None: ''}[layer.rectified]
         counts = [int(masks[kind].sum()) for kind in kinds]
         which = format_ranges(masks['collapsed']).replace(',', ' ')
-        writer.writerow(
-            [printable(layer.name), layer.norm, rectified, layer.channels, *counts, which]
-        )
+        writer.writerow([printable(layer.name), rectified, layer.channels, *counts, which])
     totals = [sum(int(masks[kind].sum()) for _, masks in rows) for kind in kinds]
-    writer.writerow(['total', '', '', audit.census.channels, *totals, ''])
+    writer.writerow(['total', '', audit.census.channels, *totals, ''])
     return text.getvalue()
 
 

@@ -363,12 +363,12 @@ FIGURES = {  # by the names of their files, in the order of the page
     'channels': Entry(
         channels,
         'In the plane of gamma and bias',
-        'One point per channel, in colour if it was collapsed at the last report; b is the bias '
-        'that the rectifier sees, that of BN, beta + shift of psBN. In the shaded '
-        'region a rectifier right behind the layer passes next to nothing, so that no gradient '
-        'comes back; where something else stands between, such as a residual addition, a channel '
-        'may train there. Without a gradient weight decay alone moves it. BN stays in the region '
-        'all the way to the origin; psBN leaves it, since its constant does not decay.',
+        'One point per channel, in colour if it was collapsed at the last report; b is the bias. '
+        'In the shaded region a rectifier right behind the layer passes next to nothing, so that '
+        'no gradient comes back; where something else stands between, such as a residual '
+        'addition, a channel may train there. Without a gradient weight decay alone moves it. BN '
+        'stays in the region all the way to the origin; psBN leaves it, since its bias decays '
+        'towards the shift.',
     ),
     'life_lines': Entry(
         life_lines,

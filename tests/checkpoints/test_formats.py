@@ -13,7 +13,6 @@ from torch import nn
 
 from psbn_mmdet.checkpoints import (
     CheckpointError,
-    convert_checkpoint,
     read_content,
     read_weights,
     write_content,
@@ -60,10 +59,7 @@ def test_the_network_is_found_in_files_of_all_origins(origin, tmp_path):
     weights = read_weights(tmp_path / 'a.pth')
     assert weights.key == key
     found = census_of_state_dict(weights.state_dict, rectifiers={'1': ASSUMED, '4': ASSUMED})
-    assert [(layer.name, layer.norm, layer.channels) for layer in found.layers] == [
-        ('1', 'BN', 4),
-        ('4', 'psBN', 2),
-    ]
+    assert [(layer.name, layer.channels) for layer in found.layers] == [('1', 4), ('4', 2)]
     assert found.count('vanished') == 1 and found.count('dead') == 1
     assert weights.state_dict.keys() >= PLAIN.keys()
 
@@ -114,7 +110,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         with pytest.raises(CheckpointError, match=f'{name} cannot be read as a'):
             read_weights(tmp_path / name)
     torch.save(nn.Sequential(nn.LayerNorm(4)).state_dict(), tmp_path / 'ln.pth')
-    with pytest.raises(CheckpointError, match=r'ln.pth has no BN or psBN layer'):
+    with pytest.raises(CheckpointError, match=r'ln.pth has no BN layer'):
         read_weights(tmp_path / 'ln.pth')
 
 
@@ -135,8 +131,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_the_metadata_of_a_safetensors_file_is_kept(tmp_path):
     save_file(network().state_dict(), tmp_path / 'a.safetensors', {'format': 'pt', 'by': 'us'})
-    converted, _ = convert_checkpoint(read_content(tmp_path / 'a.safetensors'), 'psbn')
-    write_content(converted, tmp_path / 'b.safetensors')
+    write_content(read_content(tmp_path / 'a.safetensors'), tmp_path / 'b.safetensors')
     with safe_open(tmp_path / 'b.safetensors', 'pt') as file:
         assert file.metadata() == {'format': 'pt', 'by': 'us'}
 

@@ -25,8 +25,8 @@ def main(rank: int, folder: Path) -> None:
     norm = PostShiftedBatchNorm2d(6).eval()  # so that what is open depends on the batch
     net = nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), nn.Conv2d(6, 2, 1))
     with torch.no_grad():
-        norm.weight[:2], norm.beta[:2] = 0.05, -0.8  # closed on both
-        norm.weight[2], norm.beta[2] = 1.0, -3.0
+        norm.weight[:2], norm.bias[:2] = 0.05, -0.7  # closed on both
+        norm.weight[2], norm.bias[2] = 1.0, -2.9
         net[0].weight[:2] *= 1e-3  # as after a long time
         net[3].weight[:, :2] *= 1e-2
         net[3].weight[:, 2] = 0  # no gradient comes to filter 2

@@ -42,7 +42,7 @@ def test_the_largest_numbers_are_judged_like_others():
 def test_psbn_is_judged_by_its_bias():
     model = nn.Sequential(PostShiftedBatchNorm2d(2, shift=0.3))
     model[0].weight.data.zero_()
-    model[0].beta.data = torch.tensor([-0.2, -0.4])
+    model[0].bias.data = torch.tensor([0.1, -0.1])
     layer = census_of_model(model, rectifiers={'0': 'relu'}).layers[0]
     assert layer.norm == 'psBN'
     assert np.allclose(layer.bias, [0.1, -0.1])
@@ -74,7 +74,7 @@ def test_layers_without_gamma_or_statistics_do_no_harm(kwargs):
     assert len(census_of_model(model).layers) == ('track_running_stats' in kwargs)
 
 
-def test_counts_are_the_same_for_bn_and_its_conversion():
+def test_counts_are_the_same_for_bn_and_psbn():
     model = ResNet(18, base_channels=8)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -103,9 +103,9 @@ def test_a_layer_as_initialised_has_lost_nothing():
     assert found.count('unstarted') == 10
     assert found['0'].vanished.sum() == found['0'].dead.sum() == found['1'].trapped.sum() == 0
     assert found['2'].vanished.all()  # one channel alone tells nothing
-    state_dict = census_of_state_dict(bn_to_psbn(model).state_dict(), rectifiers=rectifiers)
+    state_dict = census_of_state_dict(model.state_dict(), rectifiers=rectifiers)
     assert [layer.unstarted.sum() for layer in state_dict.layers] == [4, 4, 0, 2]
-    model[0].beta.data[1] += 1e-6  # no initialisation leaves a layer so
+    model[0].bias.data[1] += 1e-6  # no initialisation leaves a layer so
     found = census_of_model(model, rectifiers=rectifiers)
     assert found['0'].unstarted.sum() == 0 and found['0'].vanished.all() and found['0'].dead.any()
 
@@ -138,7 +138,7 @@ def test_what_is_not_finite_is_broken_and_collapsed():
     nan, inf = math.nan, math.inf
     model = nn.Sequential(PostShiftedBatchNorm2d(6))
     model[0].weight.data = torch.tensor([nan, 1.0, inf, 1.0, 0.5, 0.0])
-    model[0].beta.data = torch.tensor([0.0, nan, 0.0, -inf, 0.0, 0.0])
+    model[0].bias.data = torch.tensor([0.0, nan, 0.0, -inf, 0.0, 0.0])
     for found in (
         census_of_model(model, rectifiers={'0': 'relu'}),
         census_of_state_dict(model.state_dict(), rectifiers={'0': 'relu'}),

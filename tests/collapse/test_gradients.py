@@ -22,7 +22,7 @@ def network(norm=nn.BatchNorm2d) -> nn.Sequential:
     )
     with torch.no_grad():
         model[1].weight[TRAPPED] = 0.01
-        (model[1].bias if norm is nn.BatchNorm2d else model[1].beta)[TRAPPED] = -1.0
+        model[1].bias[TRAPPED] = -1.0
     return model
 
 

@@ -49,7 +49,7 @@ def test_what_has_not_decayed_is_left_alone():
 def test_a_filter_that_its_bias_alone_would_open_keeps_its_own_weights():
     net = chain()
     with torch.no_grad():
-        net[1].beta[0] = 0.5
+        net[1].bias[0] = 0.5
     start = net[0].weight.detach().clone()
     restore(net[1], net[0], [net[3]], CLOSED, ~CLOSED)
     assert torch.equal(net[0].weight[0], start[0]) and not torch.equal(net[0].weight[1], start[1])

@@ -6,7 +6,6 @@ from closed_chain import CLOSED, chain, images
 from torch import nn
 
 from psbn_mmdet.collapse import Structure, revive, trace_structure
-from psbn_mmdet.layers import bn_to_psbn
 
 # Channel 0 is collapsed, 1 dead with a gamma, 2 vanished but alive, 3 far below, 4 well.
 GAMMA = [0.0, 0.01, 0.0, 0.01, 1.0]
@@ -19,7 +18,7 @@ def half_collapsed() -> nn.Sequential:
     model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), nn.BatchNorm2d(5))
     for norm in (model[0], model[2]):
         norm.weight.data, norm.bias.data = torch.tensor(GAMMA), torch.tensor(BIAS)
-    return bn_to_psbn(model).eval()
+    return model.eval()
 
 
 def test_what_passes_nothing_is_opened_before_a_relu_and_all_else_kept():
@@ -27,8 +26,8 @@ def test_what_passes_nothing_is_opened_before_a_relu_and_all_else_kept():
     start = {key: value.clone() for key, value in model.state_dict().items()}
     new, opened = revive(model.state_dict(), RELU)
     assert opened == {'0': OPENED}
-    assert (new['0.beta'] + 0.1).tolist() == pytest.approx([0.02, 0.02, 0.2, 0.02, 0.1])
-    assert all(torch.equal(new[key], start[key]) for key in start if key != '0.beta')
+    assert new['0.bias'].tolist() == pytest.approx([0.02, 0.02, 0.2, 0.02, 0.1])
+    assert all(torch.equal(new[key], start[key]) for key in start if key != '0.bias')
     assert all(torch.equal(value, start[key]) for key, value in model.state_dict().items())
 
 
@@ -46,7 +45,7 @@ def test_closed_is_what_opens_only_beyond_three_standard_deviations():
     norm = nn.BatchNorm2d(6)
     norm.weight.data = torch.tensor([0.25, -0.25, 0.25, -0.25, 0.25, 0.25])
     norm.bias.data = torch.tensor([-0.7501, -0.7501, -0.74, -0.74, -0.9, -0.6])
-    _, opened = revive(bn_to_psbn(norm).state_dict(), Structure({'': 'relu'}, {}, {}))
+    _, opened = revive(norm.state_dict(), Structure({'': 'relu'}, {}, {}))
     assert opened == {'': [0, 1, 4]}
 
 
@@ -57,7 +56,7 @@ def test_opened_filters_get_gradient_from_the_first_step_on_however_deep(revived
         model.load_state_dict(revive(model.state_dict(), RELU)[0])
     model[:2](torch.randn(8, 5, 6, 6)).sum().backward()
     trained = [0, 1, 2, 3, 4] if revived else [2, 4]
-    assert model[0].beta.grad.nonzero().flatten().tolist() == trained
+    assert model[0].bias.grad.nonzero().flatten().tolist() == trained
 
 
 @pytest.mark.parametrize('kind', ['leaky_relu', 'other'])
@@ -90,9 +89,9 @@ def test_a_bias_that_two_layers_share_is_opened_in_one():
     model[0].bias.data.fill_(-1)
     model[2].bias = model[0].bias
     model[0].weight.data.fill_(0.01)
-    new, _ = revive(bn_to_psbn(model).state_dict(), RELU)
-    assert new['0.beta'].tolist() == pytest.approx([-0.08] * 2)
-    assert new['2.beta'].tolist() == pytest.approx([-1.1] * 2)
+    new, _ = revive(model.state_dict(), RELU)
+    assert new['0.bias'].tolist() == pytest.approx([0.02] * 2)
+    assert new['2.bias'].tolist() == [-1, -1]
 
 
 def test_names_of_the_backbone_alone_and_of_wrappers():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+from limits import HANG
 
 from psbn_mmdet.records import read_records
 
@@ -36,7 +37,7 @@ def checkout(tmp_path_factory):
 
 def demo(checkout) -> str:
     command = [sys.executable, 'scripts/demo.py', '--config', 'demo/short.py']
-    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 

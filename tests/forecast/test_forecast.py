@@ -68,7 +68,7 @@ def classifier():
     for norm in (net.stem[1], net.head[1]):
         with torch.no_grad():
             for channel, depth in DEPTHS.items():
-                norm.weight[channel], norm.beta[channel] = 0.0, -depth
+                norm.weight[channel], norm.bias[channel] = 0.0, 0.1 - depth
     return net
 
 
@@ -127,7 +127,7 @@ def test_filters_open_when_it_was_said(tmp_path, optimizer, schedule):
 
 
 def test_groups_accumulation_and_settings_of_their_own(tmp_path):
-    paramwise = dict(custom_keys={'stem': dict(lr_mult=3.0), 'head.1.beta': dict(decay_mult=0.0)})
+    paramwise = dict(custom_keys={'stem': dict(lr_mult=3.0), 'head.1.bias': dict(decay_mult=0.0)})
     runner = trained(tmp_path, SGD, SCHEDULES['cosine'], every=2, paramwise=paramwise, epochs=8)
     hook = next(hook for hook in runner.hooks if isinstance(hook, KeepForecast))
     of_layer = {part.layers[0]: part for part in hook.forecast.parts}

@@ -604,6 +604,13 @@ def test_a_loop_without_epochs_keeps_start_and_end(tmp_path):
             ),
             "custom_keys['stem'].decay_mult=0",
         ),
+        (
+            dict(
+                optimizer=dict(type='SGD', lr=0.01, weight_decay=0.1),
+                paramwise_cfg=dict(bias_decay_mult=0.0),
+            ),
+            'paramwise_cfg.bias_decay_mult=0',
+        ),
     ],
 )
 def test_a_warning_names_the_setting_that_keeps_psbn_from_recovering(
@@ -629,7 +636,7 @@ def test_a_warning_names_the_setting_that_keeps_psbn_from_recovering(
             PostShiftedBatchNorm2d,
             dict(
                 optimizer=dict(type='SGD', lr=0.01, weight_decay=0.1),
-                paramwise_cfg=dict(bias_decay_mult=0.0),
+                paramwise_cfg=dict(bias_lr_mult=2.0),
             ),
         ),
     ],
@@ -643,29 +650,6 @@ def test_a_model_without_bn_is_said_and_trains(tmp_path):
     model = Classifier(lambda channels: nn.GroupNorm(2, channels), killed={})
     runner = run(tmp_path, model, epochs=1)
     assert runner.iter == 12 and 'has no BN or psBN layer' in texts(tmp_path)
-
-
-def test_psbn_weights_are_not_loaded_into_bn(tmp_path):
-    torch.save(
-        dict(state_dict=Classifier(PostShiftedBatchNorm2d).state_dict()), tmp_path / 'psbn.pth'
-    )
-    with pytest.raises(RuntimeError, match=r'psBN weights for stem\.1'):
-        run(tmp_path / 'run', Classifier(), load_from=str(tmp_path / 'psbn.pth'))
-
-
-def test_one_line_says_how_many_layers_were_read_as_bn(tmp_path):
-    torch.save(Classifier().state_dict(), tmp_path / 'bn.pth')
-    psbn = Classifier(PostShiftedBatchNorm2d)
-    runner = run(tmp_path / 'run', psbn, epochs=1, load_from=str(tmp_path / 'bn.pth'))
-    assert texts(tmp_path / 'run').count('2 of 2 layers were read as BN') == 1
-    assert 'unexpected key' not in texts(tmp_path / 'run')
-    assert 'missing keys' not in texts(tmp_path / 'run')
-    checkpoint = str(tmp_path / 'run/epoch_1.pth')
-    for name, resume in (('loaded', False), ('resumed', True)):
-        psbn = Classifier(PostShiftedBatchNorm2d)
-        run(tmp_path / name, psbn, load_from=checkpoint, resume=resume)
-        assert 'read as BN' not in texts(tmp_path / name)
-    assert runner.iter == 12
 
 
 def test_efficient_conv_bn_eval_is_refused_with_psbn(tmp_path):

@@ -49,7 +49,7 @@ FAULTS = {  # what fails, and the part that is off then
     'drawing the table': ((collapse_hook.EpochTable, 'render'), 'tables'),
     'reading the schedule': ((collapse_hook, 'courses'), 'forecasts'),
     'forecasting': ((collapse_hook, 'make_forecast'), 'forecasts'),
-    'speaking of layers': ((collapse_hook, '_log_read_as_bn'), 'messages on layers'),
+    'speaking of layers': ((collapse_hook, '_warn_of_optimizers'), 'messages on layers'),
 }
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.optim import SGD, Rprop
 
 from psbn_mmdet.collapse import find_norms
-from psbn_mmdet.hooks.weight_decay import weight_decay_warning
+from psbn_mmdet.hooks.weight_decay import unstepped_warning, weight_decay_warning
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
 
@@ -17,11 +17,15 @@ def warning(model, *optimizers, **cfg):
     return weight_decay_warning(find_norms(model), optimizers, cfg)
 
 
-@pytest.mark.parametrize('decayed', ['weight', 'beta'])
-def test_gamma_and_beta_must_both_be_decayed(decayed):
+def unstepped(model, *optimizers):
+    return unstepped_warning(find_norms(model), optimizers)
+
+
+@pytest.mark.parametrize('decayed', ['weight', 'bias'])
+def test_gamma_and_bias_must_both_be_decayed(decayed):
     model = network()
     groups = [
-        dict(params=[p], weight_decay=0.1 if name in ('0.weight', '0.beta', f'1.{decayed}') else 0)
+        dict(params=[p], weight_decay=0.1 if name in ('0.weight', '0.bias', f'1.{decayed}') else 0)
         for name, p in model.named_parameters()
     ]
     said = warning(model, SGD(groups, lr=0.1, weight_decay=0.1))
@@ -30,9 +34,9 @@ def test_gamma_and_beta_must_both_be_decayed(decayed):
 
 def test_one_that_is_frozen_needs_no_decay():
     model = network()
-    model[0].beta.requires_grad_(False)
+    model[0].bias.requires_grad_(False)
     groups = [
-        dict(params=[p], weight_decay=0 if name == '0.beta' else 0.1)
+        dict(params=[p], weight_decay=0 if name == '0.bias' else 0.1)
         for name, p in model.named_parameters()
     ]
     assert warning(model, SGD(groups, lr=0.1)) is None
@@ -43,10 +47,26 @@ def test_one_that_is_frozen_needs_no_decay():
 def test_layers_that_no_optimiser_has_are_told_from_layers_without_decay():
     model = network()
     decay = SGD(model[0].parameters(), lr=0.1, weight_decay=0.1)
-    assert '1 of 2 psBN layers, such as 1 (no optimiser has them)' in warning(model, decay)
-    plain = SGD(model[0].parameters(), lr=0.1)
+    assert warning(model, decay) is None
+    assert unstepped(model, decay) == (
+        'psBN: the bias of 1 of 2 layers, such as 1, is in no optimiser: where copies or flattened '
+        'parameters are stepped in its place (Apex O2, FSDP), weight decay pulls it to 0, as in '
+        'BN, and not to the shift.'
+    )
+    plain = SGD(model.parameters(), lr=0.1)
     assert '2 of 2' in warning(model, plain)
     assert 'cause is optim_wrapper.optimizer.weight_decay=0' in warning(model, plain)
+    assert unstepped(model, plain) is None
+
+
+def test_copies_that_are_stepped_in_a_bias_place_are_said():
+    """As Apex O2's and DeepSpeed's master copies are."""
+    model = network()
+    copies = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    assert 'the bias of 2 of 2 layers' in unstepped(model, SGD(copies, lr=0.1))
+    model.requires_grad_(False)
+    assert unstepped(model, SGD(copies, lr=0.1)) is None
+    assert unstepped(network(nn.BatchNorm2d), SGD(copies, lr=0.1)) is None
 
 
 def test_all_optimisers_are_looked_at():
@@ -91,8 +111,9 @@ def test_an_optimiser_that_knows_no_decay_gives_none():
     assert '2 of 2' in warning(model, Rprop(model.parameters()))
 
 
-def test_a_layer_without_beta_is_judged_by_its_gamma():
-    model = nn.Sequential(PostShiftedBatchNorm2d(4, bias=False))
+def test_a_layer_without_bias_is_judged_by_its_gamma():
+    model = nn.Sequential(PostShiftedBatchNorm2d(4))
+    model[0].bias = None
     assert warning(model, SGD(model.parameters(), lr=0.1, weight_decay=0.1)) is None
     assert '1 of 1' in warning(model, SGD(model.parameters(), lr=0.1))
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import HANG
 
 from psbn_mmdet.commands.report import main
 from psbn_mmdet.records import RecordWriter, read_records, write_snapshot
@@ -206,7 +207,7 @@ def test_ctrl_c_while_it_waits_ends_with_one_line(start, command):
     process = start(*COMMANDS[command])
     assert process.stdout.readline().startswith('Waiting for a report: run has no */collapse.jsonl')
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ('Followed no longer: there is no report\n', '')
+    assert process.communicate(timeout=HANG) == ('Followed no longer: there is no report\n', '')
     assert process.returncode == 0
 
 
@@ -241,7 +242,7 @@ def test_a_running_trainings_page_is_whole_at_any_moment(tmp_path, source, start
     thread.join()
     assert seen == {True}
     process.send_signal(signal.SIGINT)
-    left = process.communicate(timeout=60)
+    left = process.communicate(timeout=HANG)
     assert left == ('Followed no longer: the report is in report.html\n', '')
     assert process.returncode == 0
     assert not list(tmp_path.rglob('*.part'))

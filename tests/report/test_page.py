@@ -230,22 +230,21 @@ def test_more_runs_than_colours_and_empty_labels_are_refused(tmp_path):
 
 
 LIMITED = """
-import json, re, resource, sys
+import re, sys
 from psbn_mmdet.report import write_report
 
 def peak():
     # Not ru_maxrss: that has what the process was started from, too.
     return int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) / 1024
 
-start, before = resource.getrusage(resource.RUSAGE_SELF), peak()
+before = peak()
 write_report({'long run': sys.argv[1]}, sys.argv[2])
-end = resource.getrusage(resource.RUSAGE_SELF)
-seconds = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
-print(json.dumps(dict(seconds=seconds, megabytes=peak() - before)))
+print(peak() - before)
 """
 
 
-def test_a_record_of_100_000_reports_takes_20_s_and_150_mb_at_most(long_record, tmp_path):
+@pytest.mark.slow
+def test_a_record_of_100_000_reports_takes_150_mb_at_most(long_record, tmp_path):
     out = tmp_path / 'report.html'
     try:
         command = [sys.executable, '-c', LIMITED, str(long_record), str(out)]
@@ -253,8 +252,7 @@ def test_a_record_of_100_000_reports_takes_20_s_and_150_mb_at_most(long_record, 
     finally:
         long_record.unlink()  # 0.4 GB
     assert result.returncode == 0, result.stderr
-    took = json.loads(result.stdout)
-    assert took['seconds'] < 20 and took['megabytes'] < 150, took
+    assert float(result.stdout) < 150, 'MB'
     text = Page(out).text
     assert re.search(r'100,000 reports\s+up to iteration 5,000,000', text)
     assert out.stat().st_size < 3e6, 'what a screen cannot show is thinned'

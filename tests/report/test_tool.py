@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG
 
 RECORD = 'run/20260101_000000/collapse.jsonl'
 TOOL = Path(__file__).resolve().parents[2] / 'tools/report.py'
@@ -33,7 +34,7 @@ def test_it_says_where_the_page_is_and_labels_runs_by_their_folders(tmp_path, wr
     write_run(tmp_path / 'bn')
     write_run(tmp_path / 'psbn')
     command = [sys.executable, str(TOOL), 'bn', 'psbn']
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert (result.returncode, result.stderr) == (0, '')
     assert result.stdout == 'The report is in report.html\n'
     page = (tmp_path / 'report.html').read_text()
@@ -48,7 +49,7 @@ def test_it_imports_neither_torch_nor_mmengine(tmp_path, write_run):
         'finally: print(sorted({"torch", "mmengine", "mmdet"} & sys.modules.keys()))'
     )
     command = [sys.executable, '-c', code.replace('sys.argv[0]', repr(str(TOOL)))]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert result.stdout == 'The report is in report.html\n[]\n', result.stderr
 
 

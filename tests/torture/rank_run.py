@@ -28,7 +28,7 @@ class Scale(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, x):
-        return x * self.weight[:, None, None] + self.beta[:, None, None]
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class Die(Hook):

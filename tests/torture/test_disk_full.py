@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from cases import count
+from limits import HANG
 from safetensors.torch import save_file
 from small_run import Classifier
 from small_run import run as train
+from tiny_model import tiny_config
 from torch import nn
 
-from psbn_mmdet.commands import audit, convert, report
+from psbn_mmdet.commands import audit, report, revive
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.records import (
     RecordWriter,
@@ -107,16 +110,16 @@ def test_a_report_on_a_full_disk_leaves_the_old_one(work_dir, tmp_path, size, re
 
 
 @pytest.mark.parametrize('ending', ['pth', 'safetensors'])
-def test_a_conversion_on_a_full_disk_leaves_nothing(checkpoint, tmp_path, ending, refusal):
+def test_a_revival_on_a_full_disk_leaves_nothing(checkpoint, tmp_path, ending, refusal):
     count()
-    source = checkpoint
+    source, config = checkpoint, tiny_config(tmp_path, 8)
     if ending == 'safetensors':
         source = tmp_path / 'a.safetensors'
         save_file(torch.load(tmp_path / 'plain.pth'), source)
     before = contents(tmp_path)
-    for size in (0, 1000):
+    for size in (400, 600):  # MMEngine writes a copy of the config, too
         out = tmp_path / f'out.{ending}'
-        sentence = refusal(convert.main, size, source, out, '--to', 'psbn')
+        sentence = refusal(revive.main, size, source, out, '--config', config)
         assert f'out.{ending} cannot be written' in sentence and 'make room' in sentence
         assert contents(tmp_path) == before
 
@@ -134,21 +137,27 @@ def test_a_picture_on_a_full_disk_leaves_the_old_one(checkpoint, tmp_path, refus
     'script',
     [
         'audit.py',
-        pytest.param('convert_checkpoint.py', marks=pytest.mark.torture),
-        pytest.param('report.py', marks=pytest.mark.torture),
+        pytest.param('revive.py', marks=pytest.mark.slow),
+        pytest.param('report.py', marks=pytest.mark.slow),
     ],
 )
 def test_an_output_on_a_full_disk_is_an_error(script, work_dir, checkpoint, tmp_path):
     count()
     arguments = {
         'audit.py': [checkpoint, '--format', 'json'],
-        'convert_checkpoint.py': [checkpoint, 'out.pth', '--to', 'psbn'],
+        'revive.py': [checkpoint, 'out.pth', '--config', tiny_config(tmp_path, 8)],
         'report.py': [work_dir],
     }[script]
     command = [sys.executable, ROOT / 'tools' / script, *arguments]
     with open('/dev/full', 'w') as full:
         result = subprocess.run(
-            command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+            command,
+            cwd=tmp_path,
+            env={**os.environ, 'PYTHONPATH': str(ROOT / 'tests')},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=HANG,
         )
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
@@ -159,7 +168,7 @@ def test_an_output_on_a_full_disk_is_an_error(script, work_dir, checkpoint, tmp_
 def test_a_folder_that_may_not_be_written_to(work_dir, checkpoint, refusal):
     for main, arguments in (
         (report.main, [work_dir, '-o', '/sys/new/report.html']),
-        (convert.main, [checkpoint, '/sys/out.pth', '--to', 'psbn']),
+        (revive.main, [checkpoint, '/sys/out.pth', '--config', tiny_config(checkpoint.parent, 8)]),
         (audit.main, [checkpoint, '--plot', '/sys/a.png']),
         (audit.main, [checkpoint, '--plot', f'{checkpoint}/a.png']),
     ):

@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 import torch
 from cases import count
+from limits import HANG
 from mmengine.config import Config
+from tiny_model import tiny_config
 from torch import nn
 
 from psbn_mmdet.checkpoints import read_content, read_weights
-from psbn_mmdet.commands import audit, convert, report
+from psbn_mmdet.commands import audit, report, revive
 from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.preflight import PreflightError, check_test_config, check_train_config
 from psbn_mmdet.records import RecordWriter, write_snapshot
@@ -162,8 +164,8 @@ def good(path):
 ENTRIES = {
     'audit': lambda cfg, path: tool(audit.main, path),
     'audit, second': lambda cfg, path: tool(audit.main, good(path), path),
-    'convert': lambda cfg, path: tool(
-        convert.main, path, path.with_name('out.pth'), '--to', 'psbn'
+    'revive': lambda cfg, path: tool(
+        revive.main, path, path.with_name('out.pth'), '--config', tiny_config(path.parent)
     ),
     'train, load_from': loaded,
     'train, --resume': resumed,
@@ -191,7 +193,7 @@ def test_no_pickle_runs_at_any_entry(shape, entry, cfg, bomb, tmp_path):
         assert not (tmp_path / 'out.pth').exists()
 
 
-@pytest.mark.parametrize('entry', ['audit', 'audit, second', 'convert'])
+@pytest.mark.parametrize('entry', ['audit', 'audit, second', 'revive'])
 def test_a_pickle_is_no_safetensors_or_onnx_file(entry, cfg, bomb, tmp_path):
     for ending in ('safetensors', 'onnx'):
         count()
@@ -469,9 +471,9 @@ CLAIMS = {
     'endless': lambda path: saved(path, endless()),
 }
 LIMITED = """
-import contextlib, io, json, re, resource, sys, time
+import contextlib, io, json, re, resource, sys
 from psbn_mmdet.checkpoints import read_content
-from psbn_mmdet.commands import audit, convert
+from psbn_mmdet.commands import audit, revive
 
 def memory(what):
     return int(re.search(what + r':\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024
@@ -479,26 +481,27 @@ def memory(what):
 # So that a test that fails takes no more than itself down.
 resource.setrlimit(resource.RLIMIT_AS, (memory('VmSize') + 6 * 1024**3,) * 2)
 before = memory('VmHWM')
-for path in sys.argv[1:]:
-    for main, more in ((audit.main, []), (convert.main, [path + '.out', '--to', 'psbn'])):
-        stdout, stderr, start = io.StringIO(), io.StringIO(), time.monotonic()
+config, *paths = sys.argv[1:]
+for path in paths:
+    for main, more in ((audit.main, []), (revive.main, [path + '.out', '--config', config])):
+        stdout, stderr = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
                 code = main([path, *more])
             except BaseException as error:
                 code = repr(error)
         print(json.dumps(dict(path=path, code=code, said=stderr.getvalue(),
-                              seconds=time.monotonic() - start,
                               bytes=memory('VmHWM') - before)), flush=True)
 """
 
 
-def test_what_claims_more_than_it_has_takes_neither_memory_nor_time(tmp_path):
+def test_what_claims_more_than_it_has_takes_no_memory(tmp_path):
     for index, make in enumerate(CLAIMS.values()):
         make(tmp_path / f'{index}.pth')
     paths = [str(tmp_path / f'{index}.pth') for index in range(len(CLAIMS))]
-    command = [sys.executable, '-c', LIMITED, *paths]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, '-c', LIMITED, str(tiny_config(tmp_path)), *paths]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT / 'tests')}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     tried = list(map(json.loads, result.stdout.splitlines()))
     assert len(tried) == 2 * len(CLAIMS)
@@ -507,7 +510,7 @@ def test_what_claims_more_than_it_has_takes_neither_memory_nor_time(tmp_path):
         name = list(CLAIMS)[int(Path(one['path']).stem)]
         assert one['code'] == 1, (name, one)
         assert one['path'] in one['said'] and one['said'].count('\n') == 1, (name, one)
-        assert one['bytes'] < 1.5 * GB and one['seconds'] < 10, (name, one)
+        assert one['bytes'] < 1.5 * GB, (name, one)
     assert not list(tmp_path.glob('*.out*'))
 
 
@@ -557,8 +560,6 @@ def test_entries_that_are_no_plain_numbers(tmp_path):
         refused = torch.__version__.startswith('2.1.') and getattr(entry, 'is_quantized', False)
         why = 'is not loaded since' if refused else 'has only BN that cannot be audited'
         assert f'a.pth {why}' in said
-    saved(path, state_dict() | {'1.beta': torch.ones(4), '1.shift': torch.ones(3)})
-    assert 'a.pth has only BN that cannot be audited' in tool(audit.main, path)
 
 
 # ONNX
@@ -678,7 +679,8 @@ def test_names_do_not_steer_the_terminal(tmp_path, capsys):
     for form in ('table', 'csv', 'json'):
         count()
         assert audit.main([str(tmp_path / 'a.pth'), '--format', form]) == 0
-    assert convert.main([str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth'), '--to', 'psbn']) == 0
+    more = ['--config', str(tiny_config(tmp_path))]
+    assert revive.main([str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth'), *more]) == 1
     assert audit.main([str(tmp_path / 'a.pth'), '--key', 'none']) == 1
     said = ''.join(capsys.readouterr())
     assert 'hacked' in said and not re.search('[\x00-\x09\x0b-\x1f\u202e]', said)
@@ -694,7 +696,7 @@ def config(loaded_cfg, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.torture
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', ['in meta', 'as an entry', 'bare pickle', 'TorchScript'])
 def test_the_scripts_run_no_pickle(shape, config, cfg, bomb, tmp_path):
     bad, good, work = tmp_path / 'bad.pth', tmp_path / 'good.pth', tmp_path / 'work'
@@ -708,7 +710,7 @@ def test_the_scripts_run_no_pickle(shape, config, cfg, bomb, tmp_path):
     for arguments in (
         ['audit.py', bad],
         ['audit.py', good, bad],
-        ['convert_checkpoint.py', bad, 'out.pth', '--to', 'psbn'],
+        ['revive.py', bad, 'out.pth', '--config', config],
         ['train.py', config, '--work-dir', work, '--resume'],
         ['train.py', config, '--work-dir', work, '--resume', bad],
         ['train.py', config, '--work-dir', work, '--cfg-options', f'load_from={bad}'],
@@ -722,7 +724,7 @@ def test_the_scripts_run_no_pickle(shape, config, cfg, bomb, tmp_path):
             env={**os.environ, 'PYTHONPATH': ''},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=HANG,
         )
         assert not bomb.path.exists() and not (tmp_path / 'out.pth').exists()
         assert result.returncode == 1, (arguments, result.stderr)

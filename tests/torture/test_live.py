@@ -16,6 +16,7 @@ import cases
 import numpy as np
 import pytest
 from cases import count
+from limits import HANG
 
 from psbn_mmdet.records import NoReportError, Records, read_records
 from psbn_mmdet.report import read_run
@@ -168,10 +169,10 @@ def test_beside_a_training_reports_snapshots_and_scores_agree(tmp_path, seed):
                 if ended or not alive:
                     break
             assert reports == len(WHOLE.reports)
-            assert writer.wait(60) == 0 and has_ended(run.parent)
+            assert writer.wait(HANG) == 0 and has_ended(run.parent)
 
 
-@pytest.mark.torture
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment_leaves_a_whole_page_or_none(tmp_path):
     record, page = tmp_path / 'run/20260101_000000/collapse.jsonl', tmp_path / 'report.html'
     record.parent.mkdir(parents=True)
@@ -191,7 +192,7 @@ def test_ctrl_c_at_any_moment_leaves_a_whole_page_or_none(tmp_path):
             else:
                 time.sleep(moments.uniform(2, 6))  # not while Python still starts
             process.send_signal(signal.SIGINT)
-            out, errors = process.communicate(timeout=60)
+            out, errors = process.communicate(timeout=HANG)
         assert (process.returncode, errors) == (0, '')
         assert out.splitlines()[-1].startswith('Followed no longer: ')
         if page.exists():

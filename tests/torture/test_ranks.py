@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cases
 import pytest
+from limits import HANG
 from mmengine.hooks import Hook
 from small_run import Classifier, records_of, run, texts
 
@@ -33,11 +34,11 @@ def on_two_ranks(work_dir: Path, what: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=180,
+        timeout=HANG,
     )
 
 
-@pytest.mark.torture
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_and_the_record_is_whole(tmp_path):
     result = on_two_ranks(tmp_path, 'dies')
     cases.count()
@@ -49,7 +50,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_record_is_whole(tmp_path):
     assert not list(tmp_path.rglob('*.part'))
 
 
-@pytest.mark.torture
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ['kind', 'number', 'name'])
 def test_ranks_with_other_layers_are_refused_before_the_first_step(tmp_path, what):
     result = on_two_ranks(tmp_path, what)
@@ -71,7 +72,7 @@ def test_ranks_with_other_layers_are_refused_before_the_first_step(tmp_path, wha
     assert not list(tmp_path.glob('*/collapse.jsonl'))
 
 
-@pytest.mark.torture
+@pytest.mark.slow
 def test_ranks_with_other_parameters_are_refused_by_torch(tmp_path):
     result = on_two_ranks(tmp_path, 'parameters')
     cases.count()

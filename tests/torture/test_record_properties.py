@@ -470,7 +470,7 @@ def test_snapshots_of_any_iteration_are_shown(tmp_path_factory, iteration):
     FIGURES['channels'].draw([run])
 
 
-@pytest.mark.torture
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['collapsed', 'recovered'])
 def test_a_short_record_takes_no_memory_without_bound(tmp_path, kind):
     """A line of a hundred bytes says that a million channels have changed."""
@@ -496,7 +496,7 @@ def test_a_short_record_takes_no_memory_without_bound(tmp_path, kind):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000_000  # KB
 
 
-@pytest.mark.torture
+@pytest.mark.slow
 def test_a_record_of_a_million_lines_is_read(tmp_path):
     count()
     bodies = [json.dumps(report)[1:] for report in reports_of([1, 3, 2, 1])[1:]]

@@ -18,25 +18,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from psbn_mmdet.checkpoints import (
-    convert_checkpoint,
-    read_content,
-    read_weights,
-    write_content,
-)
+from psbn_mmdet.checkpoints import find_state_dicts, read_content, read_weights, write_content
 from psbn_mmdet.checkpoints.formats import CheckpointError
 from psbn_mmdet.commands import audit
-from psbn_mmdet.layers import (
-    PostShiftedBatchNorm2d,
-    bn_to_psbn,
-    find_norm_states,
-    psbn_to_bn,
-)
+from psbn_mmdet.layers import PostShiftedBatchNorm2d, find_norm_states
 from psbn_mmdet.records import UNSTARTED_INFO
 
 REALS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool]
-ENTRIES = ('weight', 'bias', 'beta', 'shift', 'running_mean', 'running_var', 'num_batches_tracked')
+ENTRIES = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 PREFIXES = ['', 'module.', 'module.module.', '_orig_mod.', 'ema_model.', 'backbone.layer1.0.']
 values = st.sampled_from([0.0, 1.0, -1.0, 0.5, -2.5, 1e-9, 6e4, 1e300, *map(float, ('nan', 'inf'))])
 
@@ -72,10 +62,7 @@ def state_dicts(draw, wrong: bool = True):
     prefix = draw(st.sampled_from(PREFIXES))
     state_dict = {f'{prefix}conv.weight': torch.ones(3, 2, 1, 1)}
     for name in draw(st.sampled_from([['bn'], ['bn1', 'bn2'], ['', 'a', 'a.b']])):
-        kind = draw(st.sampled_from(['bias', 'beta']))
-        layer = {'weight': torch.ones(3), kind: torch.zeros(3)}
-        if kind == 'beta':
-            layer['shift'] = torch.tensor(0.1)
+        layer = {'weight': torch.ones(3), 'bias': torch.zeros(3)}
         layer |= {'running_mean': torch.zeros(3), 'running_var': torch.ones(3)}
         if wrong:
             for entry in sorted(draw(st.sets(st.sampled_from(ENTRIES), max_size=3))):
@@ -87,106 +74,33 @@ def state_dicts(draw, wrong: bool = True):
     return state_dict
 
 
-def is_plain(tensor: object) -> bool:
-    return (
-        isinstance(tensor, torch.Tensor)
-        and not tensor.is_complex()
-        and not tensor.is_quantized
-        and tensor.layout == torch.strided
-    )
-
-
-def bias_of(state_dict: dict, name: str, kind: str) -> torch.Tensor:
-    """What the rectifier sees, by the definition, in float64."""
-    prefix = f'{name}.' if name else ''
-    if kind == 'BN':
-        return state_dict[f'{prefix}bias'].double()
-    return state_dict[f'{prefix}beta'].double() + state_dict[f'{prefix}shift'].double().reshape(())
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, step: float) -> None:
-    actual, expected = actual.double(), expected.double()
-    # What float32 can't hold is infinite there.
-    expected = expected.float().double() if actual.abs().eq(float('inf')).any() else expected
-    torch.testing.assert_close(actual, expected, rtol=step, atol=step, equal_nan=True)
-
-
-@given(state_dict=state_dicts(), shift=st.floats(0.01, 1))
-def test_the_conversion_of_a_state_dict_keeps_b_and_what_is_no_layer(state_dict, shift):
-    count()
-    kinds = find_norm_states(state_dict)
-    psbn = bn_to_psbn(state_dict, shift)
-    back = psbn_to_bn(psbn)
-    assert list(find_norm_states(psbn)) == list(kinds)
-    for name, kind in kinds.items():
-        prefix = f'{name}.' if name else ''
-        if kind not in ('BN', 'psBN'):
-            for entry in ENTRIES:  # left alone
-                for made in (psbn, back):
-                    assert made.get(prefix + entry) is state_dict.get(prefix + entry)
-            continue
-        assert find_norm_states(psbn)[name] == 'psBN'
-        if isinstance(state_dict.get(f'{prefix}running_var'), torch.Tensor):
-            assert find_norm_states(back)[name] == 'BN'
-        old = state_dict[prefix + ('bias' if kind == 'BN' else 'beta')]
-        if old.is_meta:
-            continue
-        expected = bias_of(state_dict, name, kind)
-        step = 1e-2 if kind == 'psBN' and old.dtype in REALS[:2] else 1e-6
-        assert_near(bias_of(psbn, name, 'psBN'), expected, 1e-6)
-        assert_near(bias_of(back, name, 'BN'), expected, step)
-        assert psbn[prefix + 'weight'] is back[prefix + 'weight'] is state_dict[prefix + 'weight']
-    layers = tuple(f'{name}.' if name else '' for name in kinds)
-    for key, value in state_dict.items():
-        if not key.startswith(layers):
-            assert psbn[key] is back[key] is value
-
-
 @given(
     layer=st.dictionaries(st.sampled_from(ENTRIES), entries),
     assign=st.booleans(),
     strict=st.booleans(),
 )
 @example({'weight': torch.ones(3), 'bias': [0.0, 0.0, 0.0]}, False, False)  # no tensor
-@example({'beta': torch.ones(3), 'shift': torch.ones(3)}, False, False)
-@example({'beta': torch.ones(3), 'shift': torch.tensor(float('nan'))}, False, False)
-@example({'beta': torch.ones(3), 'shift': torch.tensor(1)}, True, False)
-@example({'bias': torch.ones(3, dtype=torch.int64)}, True, False)
 @example({'bias': torch.ones(3, dtype=torch.complex64)}, False, False)
-def test_a_layer_takes_what_bn_takes_and_computes_the_same(layer, assign, strict):
+def test_a_layer_takes_what_bn_takes_and_refuses_what_bn_refuses(layer, assign, strict):
     count()
-    has_value = all(not v.is_meta for v in layer.values() if isinstance(v, torch.Tensor))
-    psbn, bn = PostShiftedBatchNorm2d(3, shift=0.25), nn.BatchNorm2d(3)
+    norms = PostShiftedBatchNorm2d(3), nn.BatchNorm2d(3)
+    norms[1].bias.data.fill_(0.1)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        load = psbn.load_state_dict
-        _, error = attempt(load, layer, strict=strict, assign=assign, error=RuntimeError)
-        if error:
-            assert 'Error(s) in loading state_dict' in error
-            assert any(entry in error for entry in ENTRIES)
-            return
-        if not has_value:
-            return
-        used = {key: value for key, value in layer.items() if value is not None}
-        assert all(map(is_plain, used.values())) or 'num_batches_tracked' in used
-        expected = used.get('bias')
-        if 'beta' in used:
-            shift = used.get('shift', torch.tensor(0.25)).double().reshape(())
-            assert 0 < shift < float('inf')
-            expected = used['beta'].double() + shift
-        if expected is None:
-            expected = torch.full((3,), 0.25)  # untouched
-        wide = torch.float64 if assign else torch.float32
-        assert psbn.bias.dtype.is_floating_point
-        half = assign and psbn.bias.dtype in REALS[:2]
-        limit = torch.finfo(psbn.bias.dtype).max / 2
-        if expected.abs().nan_to_num(0).max() < limit:
-            actual = psbn.bias.detach().to(wide)
-            assert_near(actual, expected.reshape(actual.shape), 1e-2 if half else 1e-6)
-        plain = {k: v for k, v in used.items() if k not in ('bias', 'beta', 'shift')}
-        bn.load_state_dict(plain, strict=False, assign=assign)
-        for name in ('weight', 'running_mean', 'running_var'):
-            assert torch.allclose(getattr(psbn, name), getattr(bn, name), equal_nan=True)
+        said = []
+        for norm in norms:
+            try:
+                norm.load_state_dict(layer, strict=strict, assign=assign)
+                said.append('')
+            except Exception as error:  # torch's, of many kinds
+                said.append(str(error).replace(type(norm).__name__, 'norm'))
+        assert said[0] == said[1]
+    for name in ENTRIES:
+        ours, theirs = (getattr(norm, name) for norm in norms)
+        if isinstance(ours, torch.Tensor) and ours.layout == torch.strided:
+            assert ours.dtype == theirs.dtype and ours.is_meta == theirs.is_meta
+            if not (ours.is_meta or ours.is_quantized):
+                assert torch.allclose(ours.detach(), theirs.detach(), equal_nan=True)
 
 
 def options(*paths: Path, **given) -> argparse.Namespace:
@@ -225,19 +139,17 @@ def test_an_audit_of_any_file_is_right_or_says_what_is_wrong(
         kinds = set(find_norm_states(state_dict).values())
         meta = any(v.is_meta for v in state_dict.values() if isinstance(v, torch.Tensor))
         claims = 'bytes, but only' in error
-        assert not kinds & {'BN', 'psBN'} or meta or claims, error
-        words = ('no BN or psBN layer', 'cannot be audited', 'without values', 'incomplete')
+        assert None not in kinds or meta or claims, error
+        words = ('no BN layer', 'cannot be audited', 'without values', 'incomplete')
         assert claims or any(text in error for text in words), error
         return
     weights = {layer.name: layer for layer in found.census.layers}
-    kinds = find_norm_states(state_dict)
-    good = [name for name, kind in kinds.items() if kind in ('BN', 'psBN')]
+    good = [name for name, unknown in find_norm_states(state_dict).items() if not unknown]
     assert len(weights) == len(good)
     for (_, layer), name in zip(weights.items(), good):
         prefix = f'{name}.' if name else ''
         gamma = state_dict[f'{prefix}weight'].double().float().numpy()
-        bias = bias_of(state_dict, name, kinds[name]).float().numpy()
-        assert layer.norm == kinds[name]
+        bias = state_dict[f'{prefix}bias'].double().float().numpy()
         np.testing.assert_array_equal(layer.gamma, gamma)
         np.testing.assert_allclose(layer.bias, bias, rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(layer.broken, ~(np.isfinite(gamma) & np.isfinite(bias)))
@@ -262,40 +174,12 @@ def test_a_layer_with_statistics_of_any_kind_is_audited(tmp_path, statistics):
     torch.save(state_dict, tmp_path / 'a.pth')
     found, error = attempt(audit.make_audit, options(tmp_path / 'a.pth'))
     if error:
-        words = ['cannot be audited', 'no BN or psBN layer', 'bytes, but only']
+        words = ['cannot be audited', 'no BN layer', 'bytes, but only']
         if torch.__version__.startswith('2.1.'):  # which refuses quantised tensors by itself
             words.append('_rebuild_qtensor')
         assert any(text in error for text in words), error
     else:
         assert not found.census.layers[0].unstarted.any()
-
-
-@given(state_dict=state_dicts(), to=st.sampled_from(['psbn', 'bn']), average=st.booleans())
-def test_a_checkpoint_is_converted_whole_or_refused(state_dict, to, average):
-    count()
-    content = {'state_dict': state_dict, 'meta': {'epoch': 3, 'names': ('a', ['b'])}}
-    content['self'] = content['meta']['content'] = content  # as pickles can be
-    if average:
-        content['ema_state_dict'] = {f'module.{k}': v for k, v in state_dict.items()}
-    wanted = 'BN' if to == 'psbn' else 'psBN'
-    kinds = find_norm_states(state_dict)
-    made, error = attempt(convert_checkpoint, content, to, 0.25, error=CheckpointError)
-    if error:
-        assert f'there is no {wanted} to convert' in error
-        assert wanted not in kinds.values()
-        return
-    new, done = made
-    assert new['self'] is new and new['meta']['content'] is new
-    assert new['meta']['names'] == ('a', ['b'])
-    names = [name for name, kind in kinds.items() if kind == wanted]
-    assert done.converted['state_dict'] == names
-    new_kinds = find_norm_states(new['state_dict'])
-    for name in names:  # a BN without statistics looks like any other layer
-        assert new_kinds.get(name) == ('psBN' if to == 'psbn' else 'BN') or to == 'bn'
-    assert content['state_dict'] is state_dict and find_norm_states(state_dict) == kinds
-    if average:
-        wrapped = {f'module.{k}': v for k, v in new['state_dict'].items()}
-        assert list(wrapped) == list(new['ema_state_dict'])
 
 
 @given(
@@ -305,17 +189,13 @@ def test_a_checkpoint_is_converted_whole_or_refused(state_dict, to, average):
 )
 def test_files_come_back_as_they_went(tmp_path_factory, state_dict, wrapper, ending):
     count()
-    folder = tmp_path_factory.mktemp('files')
-    bn = psbn_to_bn({f'{wrapper}{key}': value for key, value in state_dict.items()})
-    write_content(bn, folder / f'bn{ending}')
-    for source, target, to in (('bn', 'psbn', 'psbn'), ('psbn', 'back', 'bn')):
-        content, _ = convert_checkpoint(read_content(folder / f'{source}{ending}'), to)
-        write_content(content, folder / f'{target}{ending}')
-    back = read_content(folder / f'back{ending}')
-    assert set(back) == set(bn)
-    for key, value in bn.items():
-        torch.testing.assert_close(back[key], value, rtol=0, atol=1e-7)
-    names = read_weights(folder / f'psbn{ending}').state_dict
+    path = tmp_path_factory.mktemp('files') / f'a{ending}'
+    state_dict = {f'{wrapper}{key}': value for key, value in state_dict.items()}
+    write_content(state_dict, path)
+    back = read_content(path)
+    assert set(back) == set(state_dict)
+    assert all(torch.equal(back[key], value) for key, value in state_dict.items())
+    names = read_weights(path).state_dict
     assert not any(name.startswith(('module.', '_orig_mod.')) for name in names)
 
 
@@ -336,31 +216,20 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path_factory, noise, cut, end
     assert find_norm_states(weights.state_dict)
 
 
-def nested(depth: int, inner: object) -> dict:
-    for _ in range(depth):
-        inner = {'a': inner}
-    return inner
-
-
 def test_content_in_itself_or_in_many_places_is_read_in_bounded_time():
     count()
     state_dict = dict(nn.BatchNorm2d(2).state_dict())
     content = {'state_dict': state_dict}
+    content['self'] = content
     for _ in range(60):  # 2^60 paths
         content = {'a': content, 'b': content}
-    new, done = convert_checkpoint(content, 'psbn')
-    assert sum(map(len, done.converted.values())) == 1 and new['a'] is new['b']
-    with pytest.raises(CheckpointError, match='nested too deep'):
-        convert_checkpoint({'state_dict': state_dict, 'x': nested(10**5, 1)}, 'psbn')
+    ((_, found),) = find_state_dicts(content)
+    assert found is state_dict
 
 
-@pytest.mark.parametrize('of', ['psBN without statistics', 'statistics of no shape'])
-def test_unstarted_filters_of_layers_without_a_running_variance(tmp_path, of):
+def test_unstarted_filters_beside_statistics_of_no_shape(tmp_path):
     count()
-    if of == 'psBN without statistics':
-        state_dict = PostShiftedBatchNorm2d(2, track_running_stats=False).state_dict()
-    else:
-        state_dict = nn.BatchNorm2d(2).state_dict() | {'x.running_var': torch.tensor(1.0)}
+    state_dict = nn.BatchNorm2d(2).state_dict() | {'x.running_var': torch.tensor(1.0)}
     hub = {'runtime_info': {UNSTARTED_INFO: {'': '0'}}}
     torch.save({'state_dict': dict(state_dict), 'message_hub': hub}, tmp_path / 'a.pth')
     assert read_weights(tmp_path / 'a.pth').unstarted[''].tolist() == [True, False]

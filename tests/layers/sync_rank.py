@@ -17,7 +17,6 @@ SETTINGS = {
     'average': dict(momentum=None),
     'frozen': dict(momentum=0.0),
     'no statistics': dict(track_running_stats=False),
-    'no beta': dict(bias=False),
     'no gamma': dict(affine=False),
 }
 

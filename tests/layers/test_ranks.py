@@ -1,30 +1,49 @@
-"""psSyncBN over two gloo ranks, against one process that has the whole batch."""
+"""psBN on two gloo ranks, against one process that has the whole batch."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from decay_rank import CASES, biases, network, train
+from decay_rank import SETTINGS as DECAY
+from naive import ALPHA, NaivePSBN2d
 from sync_rank import SETTINGS, SHAPES, made, result
-
-ROOT = Path(__file__).resolve().parents[2]
+from two_ranks import two_ranks
 
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp('ranks')
-    script = ROOT / 'tests/sync_rank.py'
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    processes = [
-        subprocess.Popen([sys.executable, script, str(index), folder], env=environment)
-        for index in (0, 1)
-    ]
-    assert [process.wait(100) for process in processes] == [0, 0]
-    return [torch.load(folder / f'{index}.pt') for index in (0, 1)]
+    return two_ranks('layers/sync_rank.py', tmp_path_factory.mktemp('ranks'))
+
+
+@pytest.fixture(scope='module')
+def decayed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return two_ranks('layers/decay_rank.py', tmp_path_factory.mktemp('decay'))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_the_bias_decays_to_the_shift_however_it_is_spread_over_ranks(decayed, name):
+    first, second = (found[name] for found in decayed)
+    if isinstance(first, Exception):
+        pytest.skip(f'not in this torch: {first}')
+    net = network(NaivePSBN2d)
+    naive = biases(train(net, torch.optim.SGD(net.parameters(), **DECAY))) + ALPHA
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, naive, rtol=0, atol=1e-6)
+
+
+def test_bn_weights_reach_a_sharded_network(decayed):
+    found = decayed[0]['FSDP2 from BN']
+    if isinstance(found, Exception):
+        pytest.skip(f'not in this torch: {found}')
+    assert torch.equal(found, torch.full((12,), 0.7))
+
+
+def test_flat_parameters_are_said_to_decay_as_those_of_bn(decayed):
+    for found in decayed:
+        if isinstance(found['FSDP1'], Exception):
+            pytest.skip(f'not in this torch: {found["FSDP1"]}')
+        assert 'no torch.optim.Optimizer has stepped a trained bias' in found['FSDP1'][0]
 
 
 @pytest.mark.parametrize('shape', SHAPES)

@@ -1,4 +1,4 @@
-"""Convert a checkpoint between BN and psBN, without a change of what the network computes."""
+"""Open the closed filters of a checkpoint, for a training without RecoveryHook."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
 os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from psbn_mmdet.commands.convert import main
+from psbn_mmdet.commands.revive import main
 
 if __name__ == '__main__':
     sys.exit(main())
