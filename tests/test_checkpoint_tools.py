@@ -257,6 +257,7 @@ def test_a_revival_that_cannot_be_done_writes_nothing(folder, arguments, words):
     assert not list(folder.glob('a.pth*'))
 
 
+@pytest.mark.slow
 def test_no_pickle_runs_in_what_a_config_s_model_loads(tmp_path, bomb):
     """Such as the teachers of LD and LAD."""
     torch.save(dict(state_dict=bomb), tmp_path / 'teacher.pth')

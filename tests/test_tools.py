@@ -135,6 +135,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(trained, bad_checkpoint, tm
     assert not (tmp_path / 'touched').exists()
 
 
+@pytest.mark.slow
 def test_a_downloaded_checkpoint_runs_no_code(trained, bad_checkpoint, tmp_path):
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with HTTPServer(('127.0.0.1', 0), handler) as server:

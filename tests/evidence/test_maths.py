@@ -287,6 +287,7 @@ def test_finetunings_are_paired_by_seed():
     detection.draw([bn, psbn])
 
 
+@pytest.mark.slow
 def test_arms_of_the_decay_are_what_their_names_say(tmp_path):
     """By the optimiser that MMEngine builds, and by the biases that are loaded."""
     import decay
@@ -341,6 +342,7 @@ def test_the_best_arms_from_scratch_are_compared_once_all_seeds_were_run():
     scratch.draw(rows)
 
 
+@pytest.mark.slow
 def test_arms_from_scratch_differ_in_what_their_names_say_alone(tmp_path):
     """In all norm layers of each detector, with the demo's optimiser and schedule."""
     import decay

@@ -109,6 +109,7 @@ def run(folder: Path, reports: int, part: int = PART) -> None:
     assert {len(buffer.data[0]) for buffer in buffers} == {KEPT}
 
 
+@pytest.mark.slow
 def test_some_thousand_reports(tmp_path):
     run(tmp_path / 'log', 3000, 1000)
 
