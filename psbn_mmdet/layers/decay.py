@@ -57,9 +57,9 @@ def count_pass(layer: Any) -> None:
 
 
 class _Biases(NamedTuple):
-    """Biases that have been moved, of one type, device and alpha."""
+    """Biases of one type, device and alpha that have been moved, by their ids."""
 
-    params: list[Any]
+    params: dict[int, Any]
     alpha: float
     b: Tensor
     beta: Tensor
@@ -73,12 +73,12 @@ def _move(optimizer: Optimizer) -> list[_Biases]:
     if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
         return []
     own = {param for group in optimizer.param_groups for param in group['params']}
-    groups: dict[tuple, list[Any]] = {}
+    groups: dict[tuple, dict[int, Any]] = {}
     for layer in _layers:
         bias = layer._parameters.get('bias')
         if bias in own and id(bias) not in _moved:
-            _moved.add(id(bias))
-            groups.setdefault((bias.device, bias.dtype, layer.shift), []).append(bias)
+            own.remove(bias)  # layers may share it
+            groups.setdefault((bias.device, bias.dtype, layer.shift), {})[id(bias)] = bias
             if layer.passes >= 0:  # its first step
                 layer.start()
                 layer.fresh, layer.passes = False, -1
@@ -86,9 +86,11 @@ def _move(optimizer: Optimizer) -> list[_Biases]:
     for (_, dtype, shift), params in groups.items():
         # As this type holds it, so that b = alpha is beta = 0.
         alpha = torch.tensor(shift, dtype=dtype, device='cpu').item()
-        b = _read(params)
-        moved.append(_Biases(params, alpha, b, b - alpha))
-        _write(params, moved[-1].beta)
+        b = torch.cat(_local(params))
+        beta = b - alpha
+        _write(params, beta)
+        _moved.update(params)
+        moved.append(_Biases(params, alpha, b, beta))
     return moved
 
 
@@ -97,24 +99,20 @@ def _move(optimizer: Optimizer) -> list[_Biases]:
 def _put_back(moved: list[_Biases]) -> None:
     """Make b of what beta has become."""
     for params, alpha, b, beta in moved:
-        now = _read(params)
+        now = torch.cat(_local(params))
         # (b - alpha) + alpha is not always b: what the optimiser left alone stays as it was.
         _write(params, torch.where(now == beta, b, now + alpha))
-        _moved.difference_update(map(id, params))
+        _moved.difference_update(params)
 
 
-def _read(params: list[Any]) -> Tensor:
-    return torch.cat(_local(params))
-
-
-def _write(params: list[Any], values: Tensor) -> None:
+def _write(params: dict[int, Any], values: Tensor) -> None:
     local = _local(params)
     torch.split_with_sizes_copy(values, [part.numel() for part in local], out=local)
 
 
-def _local(params: list[Any]) -> list[Tensor]:
+def _local(params: dict[int, Any]) -> list[Tensor]:
     """The values on this rank, which of FSDP2's DTensors are a part."""
-    return [p.to_local() if hasattr(p, 'to_local') else p for p in params]
+    return [p.to_local() if hasattr(p, 'to_local') else p for p in params.values()]
 
 
 def _on_beta(method: Callable) -> Callable:

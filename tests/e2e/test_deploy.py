@@ -6,8 +6,6 @@ import copy
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import onnx_export
 import pytest
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -46,20 +44,6 @@ class Twins(NamedTuple):
     name: str
     bn: nn.Module
     psbn: nn.Module
-
-
-class Raw(nn.Module):
-    """What a detector computes before post-processing, which MMDetection cannot export."""
-
-    def __init__(self, detector: nn.Module):
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, images: Tensor) -> tuple:
-        if hasattr(self.detector, 'rpn_head'):
-            return self.detector.extract_feat(images)
-        classes, boxes = self.detector(images, mode='tensor')
-        return *classes, *boxes
 
 
 def load(name: str, norm: str) -> Config:
@@ -126,14 +110,6 @@ def test_the_fused_detector_detects_the_same(twins, images):
     assert_same_detections(detect(fused, images), detect(twins.psbn, images))
 
 
-def test_torch_compile_takes_backbone_and_neck_as_one_graph(twins, images):
-    compiled = copy.deepcopy(twins.psbn)
-    compiled.extract_feat = torch.compile(
-        compiled.extract_feat, backend='aot_eager', fullgraph=True
-    )
-    assert_same_detections(detect(compiled, images), detect(twins.psbn, images))
-
-
 def test_det_inferencer_takes_one_file_for_both_configs(twins, coco_root, tmp_path):
     paths = [str(path) for path in sorted((coco_root / 'val').glob('*.jpg'))[:2]]
     weights = str(tmp_path / 'psbn.pth')
@@ -145,36 +121,3 @@ def test_det_inferencer_takes_one_file_for_both_configs(twins, coco_root, tmp_pa
         samples = inferencer(paths, no_save_vis=True, return_datasamples=True)['predictions']
         found[norm] = [sample.pred_instances for sample in samples]
     assert_same_detections(found['bn'], found['psbn'])
-
-
-# ONNX
-
-
-EXPORTERS = {
-    'torchscript': dict(dynamo=False),
-    'torchscript, unfolded': dict(
-        dynamo=False, do_constant_folding=False, training=torch.onnx.TrainingMode.PRESERVE
-    ),
-    'dynamo': dict(dynamo=True),
-    'dynamo, unfolded': dict(dynamo=True, optimize=False),
-}
-
-
-@pytest.mark.parametrize('kwargs', EXPORTERS.values(), ids=EXPORTERS)
-def test_onnx_has_the_graph_of_bn_and_computes_the_same(twins, images, kwargs, tmp_path):
-    onnx = pytest.importorskip('onnx')
-    onnxruntime = pytest.importorskip('onnxruntime')
-    nodes = []
-    for detector in (twins.bn, twins.psbn):
-        path = str(tmp_path / 'model.onnx')
-        onnx_export.export(Raw(detector).eval(), (images,), path, **kwargs)
-        graph = onnx.load(path).graph
-        nodes.append([len(graph.initializer), *(node.op_type for node in graph.node)])
-    assert nodes[0] == nodes[1]
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    with torch.no_grad():
-        expected = [output.numpy() for output in Raw(twins.psbn)(images)]
-    assert len(outputs) == len(expected) >= 4
-    for a, b in zip(outputs, expected):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

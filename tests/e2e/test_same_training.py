@@ -16,6 +16,7 @@ from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from naive import ALPHA, NaivePSBN2d, beta_of
@@ -152,19 +153,21 @@ class OneStep(Hook):
 
     def step(self, runner: Runner, data_batch: Any, before: bool) -> tuple[float, list, list]:
         torch.manual_seed(runner.iter)
-        model, wrapper = copy.deepcopy((runner.model, runner.optim_wrapper))
+        # Not the wrapper: a scheduler has made its `step` that of the original.
+        model, optimizer = copy.deepcopy((runner.model, runner.optim_wrapper.optimizer))
+        clip_grad = runner.cfg.optim_wrapper.get('clip_grad')
         if before:
             for layer in psbn_in(model):
                 unfollow(layer)
+                layer.fresh = False  # beta = 0 is what it starts with
                 layer.__class__ = Before
                 layer.bias.data.sub_(ALPHA)
+        wrapper = OptimWrapper(optimizer, clip_grad=clip_grad)
         losses = model.train_step(copy.deepcopy(data_batch), wrapper)
         for layer in psbn_in(model) if before else ():
             layer.bias.data.add_(ALPHA)
-        optimizer = wrapper.optimizer
-        moments = [
-            optimizer.state[p]['momentum_buffer'] for p in model.parameters() if p.requires_grad
-        ]
+        states = [optimizer.state[p] for p in model.parameters()]
+        moments = [state['momentum_buffer'] for state in states if 'momentum_buffer' in state]
         return losses['loss'].item(), list(model.parameters()), moments
 
 
@@ -186,7 +189,8 @@ def tutorial(work_dir: Path) -> Config:
         pytest.skip('the photographs of blood cells are not at hand')
     cfg = Config.fromfile(ROOT / 'demo/faster-rcnn_r18_fpn_cells.py')
     switch_config(cfg, 'psBN')
-    cfg.load_from = None  # the same, from random weights
+    if not Path(cfg.load_from).is_file():
+        cfg.load_from = None  # the same from random weights
     return with_data(cfg, CELLS, 'images')
 
 

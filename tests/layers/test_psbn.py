@@ -456,25 +456,6 @@ def test_torch_compile_gives_the_same_in_one_graph(image, is_new):
     assert torch.allclose(twin[1].bias.grad, model[1].bias.grad, atol=1e-4)
 
 
-def test_autocast_bfloat16_gives_what_bn_gives(image):
-    bn, psbn = conv_norm('BN'), conv_norm('psBN')
-    with torch.autocast('cpu', torch.bfloat16):
-        expected, output = bn(image), psbn(image)
-    assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
-    output.float().square().sum().backward()
-    assert psbn[1].bias.grad.dtype == torch.float32
-
-
-def test_channels_last_is_kept(image):
-    model = conv_norm('psBN')
-    expected = model(image)
-    output = model.to(memory_format=torch.channels_last)(
-        image.contiguous(memory_format=torch.channels_last)
-    )
-    assert output.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(output, expected, atol=1e-5)
-
-
 def test_torch_script_gives_the_same(image):
     model = conv_norm('psBN').eval()
     assert torch.allclose(torch.jit.script(model)(image), model(image), atol=1e-6)

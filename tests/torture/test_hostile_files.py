@@ -16,6 +16,7 @@ from collections import OrderedDict
 from copy import deepcopy
 from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -699,6 +700,8 @@ def config(loaded_cfg, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize('shape', ['in meta', 'as an entry', 'bare pickle', 'TorchScript'])
 def test_the_scripts_run_no_pickle(shape, config, cfg, bomb, tmp_path):
+    if shape != 'in meta' and not cases.FULL:
+        pytest.skip('one is enough for the suite, where all are tried in one process')
     bad, good, work = tmp_path / 'bad.pth', tmp_path / 'good.pth', tmp_path / 'work'
     SHAPES[shape](bad, bomb)
     saved(good, dict(state_dict=state_dict()))

@@ -249,7 +249,7 @@ def a_chain(seed: int, seconds: float) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(8))
+@pytest.mark.parametrize('seed', range(8 if cases.FULL else 2))
 def test_killed_three_times_it_is_the_same_training(trainer, whole, tmp_path, seed):
     config, work_dir, seconds = whole
     kills = a_chain(seed + 100 * (config == 'epochs'), seconds)
