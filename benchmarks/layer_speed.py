@@ -83,6 +83,8 @@ def time_shape(
     x = torch.randn(args.batch_size, channels, side, side, device=device, requires_grad=True)
     gradient = torch.randn_like(x)
     layers = {name: layer(channels).to(device) for name, layer in LAYERS.items()}
+    # psBN looks at its bias until the first step.
+    torch.optim.SGD(layers['psBN'].parameters(), lr=0.0).step()
 
     def train(name: str) -> None:
         layers[name].train()
