@@ -9,15 +9,14 @@ difference is what filters kept alive are worth.
 
 from __future__ import annotations
 
-import io
 import math
 import sys
-import zipfile
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from cifar_data import BATCH, REGIMES, augmented, load_images, normalised
 from common import (
     BLUE,
     GREEN,
@@ -36,8 +35,7 @@ from common import (
     take_away,
 )
 from matplotlib.figure import Figure
-from PIL import Image
-from recovery import CIFAR_MEAN, CIFAR_STD, recover
+from recovery import recover
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -48,15 +46,8 @@ from psbn_mmdet.layers import switch_norms
 sys.path.insert(0, str(ROOT / 'tests'))
 from cifar_resnet import CifarResNet
 
-BATCH = 128
 WINDOW = 100  # last steps, in which a trapped filter gets no gradient
-WEIGHT_DECAY = 5e-4
 WIDTHS = {'half': 8, 'ResNet-20': 16}
-REGIMES = {
-    'SGD 0.1': partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=WEIGHT_DECAY),
-    'SGD 0.5': partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=WEIGHT_DECAY),
-    'Adam 0.03': partial(torch.optim.Adam, lr=0.03, weight_decay=WEIGHT_DECAY),
-}
 WITHOUT = 'psBN, recovery, without them'
 COLOURS = {
     'BN': RED,
@@ -80,41 +71,6 @@ OPTIONS = [
     ('--seeds', '3', 'seeds of each arm'),
     ('--jobs', '2', 'runs at a time'),
 ]
-
-
-@cache
-def load_images(path: Path, each: int | None) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32) of uint8, the first of each class, and their labels."""
-    images, labels = [], []
-    with zipfile.ZipFile(path) as file:
-        names = sorted(name for name in file.namelist() if name.endswith('.jpg'))
-        classes = sorted({name.split('/')[0] for name in names})
-        taken = [0] * len(classes)
-        for name in names:
-            label = classes.index(name.split('/')[0])
-            taken[label] += 1
-            if each is None or taken[label] <= each:
-                images.append(np.asarray(Image.open(io.BytesIO(file.read(name))).convert('RGB')))
-                labels.append(label)
-    return torch.tensor(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-
-
-def normalised(images: Tensor) -> Tensor:
-    """As floats with the mean 0 and the deviation 1, about."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (CIFAR_MEAN, CIFAR_STD))
-    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-def augmented(images: Tensor) -> Tensor:
-    """Each image shifted by up to 4 pixels, and half of them flipped."""
-    padded = F.pad(images, (4, 4, 4, 4))
-    count = len(images)
-    across = torch.arange(32).expand(count, 32) + torch.randint(9, (count, 1))
-    across = torch.where(torch.rand(count, 1) < 0.5, across, across.flip(1))
-    down = torch.arange(32).expand(count, 32) + torch.randint(9, (count, 1))
-    rows = torch.arange(count)[:, None, None, None]
-    channels = torch.arange(3)[None, :, None, None]
-    return padded[rows, channels, down[:, None, :, None], across[:, None, None, :]]
 
 
 def build(width: int, arm: str, seed: int) -> CifarResNet:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import cifar_data
 import numpy as np
 import torch
 from common import (
@@ -225,11 +226,8 @@ class Cells:
             crops.append(torch.tensor(np.asarray(crop)))
             labels.append(kind)
         images = torch.stack(crops).permute(0, 3, 1, 2).float() / 255
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (CIFAR_MEAN, CIFAR_STD))
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (cifar_data.MEAN, cifar_data.STD))
         return (images - mean) / std, torch.tensor(labels)
-
-
-CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @cache
