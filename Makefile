@@ -1,4 +1,4 @@
-# make setup | demo | demo-compare | figures | docs | test | test-fast | torture | lint | format | bench | evidence | zoo        [STACK=onedl|openmmlab|oldest] [ARGS='...']
+# make setup | demo | demo-compare | figures | docs | test | test-fast | torture | lint | format | bench | gpu | evidence | zoo        [STACK=onedl|openmmlab|oldest] [ARGS='...']
 # STACK=oldest is openmmlab at the oldest supported versions, Python 3.9, torch 2.1.0, numpy 1.26.0,
 # mmcv 2.1.0, mmengine 0.10.0, mmdet 3.3.0: PYTHON=python3.9 make test STACK=oldest
 STACK ?= onedl
@@ -8,7 +8,7 @@ ARGS ?=
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-compare figures docs test test-fast torture lint format bench evidence zoo
+.PHONY: help setup setup-dev demo demo-compare figures docs test test-fast torture lint format bench gpu evidence zoo
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -55,6 +55,9 @@ bench: setup  ## measure what psBN and the hooks cost, and the leak of LeakyReLU
 	@$(VENV)/bin/python demo/make_dataset.py data/demo
 	@$(VENV)/bin/python benchmarks/hook_overhead.py
 	@$(VENV)/bin/python benchmarks/leak_share.py
+
+gpu: setup  ## check and measure everything on a GPU; ARGS='--minutes 3 --device cpu' rehearses it
+	@$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 evidence: setup-dev  ## test the paper's claims; ARGS=--quick for a smoke run
 	@$(VENV)/bin/python benchmarks/evidence/law.py $(ARGS)

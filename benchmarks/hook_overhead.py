@@ -17,7 +17,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -25,6 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
@@ -43,13 +44,18 @@ DETECTORS = {
 }
 
 
-def build_runner(path: str, scale: tuple[int, int], data_root: str, work_dir: str) -> Runner:
-    """A Runner of a config of this repository on the drawn data, ready to make steps."""
+def ready(
+    path: str, scale: tuple[int, int], data_root: str, work_dir: str, lr: float | None = None
+) -> tuple[Runner, dict]:
+    """A Runner of a config of this repository that can make steps, and a batch of drawn images."""
     cfg = Config.fromfile(ROOT / path)
     cfg.work_dir = work_dir
     cfg.model.backbone.init_cfg = None
     cfg.custom_hooks = []
     cfg.log_level = 'ERROR'
+    cfg.randomness = dict(seed=0)
+    if lr is not None:
+        cfg.optim_wrapper.optimizer.lr = lr
     cfg.visualizer.name = Path(work_dir).name  # MMEngine keeps visualizers by name
     classes = ('disc', 'square', 'triangle', 'cross')
     for loader, split in (('train', 'train'), ('val', 'val'), ('test', 'val')):
@@ -63,17 +69,51 @@ def build_runner(path: str, scale: tuple[int, int], data_root: str, work_dir: st
     cfg.train_dataloader.dataset.pipeline[2].scale = scale
     for evaluator in ('val_evaluator', 'test_evaluator'):
         cfg[evaluator].ann_file = f'{data_root}annotations/val.json'
-    return Runner.from_cfg(cfg)
-
-
-def ready(name: str, data_root: str, work_dir: str) -> tuple[Runner, dict]:
-    """A Runner that can make steps, and a batch."""
-    runner = build_runner(*DETECTORS[name], data_root, work_dir)
+    runner = Runner.from_cfg(cfg)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.optim_wrapper.initialize_count_status(runner.model, 0, 10**6)
+    runner.model.init_weights()
+    batch = next(iter(runner.train_dataloader))
+    # Statistics of the batch in place of those of ImageNet, or the losses are not finite.
+    norms = find_norms(runner.model).values()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        runner.model.extract_feat(runner.model.data_preprocessor(batch, True)['inputs'])
+    for norm in norms:
+        norm.momentum = 0.1
     runner.model.train()
-    return runner, next(iter(runner.train_dataloader))
+    return runner, batch
+
+
+def close(model: nn.Module, count: int) -> None:
+    """Close filters here and there, so far that they stay closed."""
+    norms = list(find_norms(model).values())
+    ends = np.cumsum([norm.num_features for norm in norms])
+    for index in np.random.default_rng(0).choice(ends[-1], count, replace=False):
+        layer = int(np.searchsorted(ends, index, side='right'))
+        norms[layer].weight.data[index - ends[layer]] = 0.01
+        norms[layer].bias.data[index - ends[layer]] = -100.0
+
+
+def attach(runner: Runner, hooks: Sequence[Hook]) -> None:
+    """Start hooks in a Runner that is ready."""
+    for hook in hooks:
+        hook.before_run(runner)
+    for hook in hooks:
+        hook.before_train(runner)
+
+
+def step(runner: Runner, batch: dict, hooks: Sequence[Hook]) -> None:
+    """An iteration."""
+    for hook in hooks:
+        hook.before_train_iter(runner, 0)
+    runner.model.train_step(batch, runner.optim_wrapper)
+    for hook in hooks:
+        hook.after_train_iter(runner, 0)
+    runner.train_loop._iter += 1
 
 
 def summed(inside: list[float], function: Callable) -> Callable:
@@ -93,7 +133,7 @@ def time_bias(name: str, steps: int, data_root: str) -> float:
     inside = [0.0]
     timed = {name: summed(inside, getattr(decay, name)) for name in ('_move', '_put_back')}
     with tempfile.TemporaryDirectory() as work_dir, patch.multiple(decay, **timed):
-        runner, batch = ready(name, data_root, work_dir)
+        runner, batch = ready(*DETECTORS[name], data_root, work_dir)
         device = next(runner.model.parameters()).device
         shares = []
         for number in range(3 + steps):
@@ -108,15 +148,12 @@ def time_bias(name: str, steps: int, data_root: str) -> float:
 def time_recovery(name: str, steps: int, data_root: str, closed: float) -> dict:
     """Time inside the RecoveryHook, as a share of a step, with a share of all filters closed."""
     with tempfile.TemporaryDirectory() as work_dir:
-        runner, batch = ready(name, data_root, work_dir)
+        runner, batch = ready(*DETECTORS[name], data_root, work_dir)
         device = next(runner.model.parameters()).device
-        for number, norm in enumerate(find_norms(runner.model).values()):
-            generator = torch.Generator().manual_seed(number)
-            chosen = torch.rand(norm.num_features, generator=generator) < closed
-            norm.weight.data[chosen], norm.bias.data[chosen] = 0.01, -100.0
+        filters = sum(norm.num_features for norm in find_norms(runner.model).values())
+        close(runner.model, round(closed * filters))
         hook = RecoveryHook(steps=10**6)  # so that they stay closed
-        hook.before_run(runner)
-        hook.before_train(runner)
+        attach(runner, [hook])
         inside = [0.0]
         for group in hook._recovery._groups:
             group.step = summed(inside, group.step)
@@ -127,8 +164,7 @@ def time_recovery(name: str, steps: int, data_root: str, closed: float) -> dict:
         for number in range(hook.window + steps):
             inside[0] = 0.0
             start = now(device)
-            runner.model.train_step(batch, runner.optim_wrapper)
-            hook.after_train_iter(runner, 0)
+            step(runner, batch, [hook])
             if number >= hook.window:
                 shares.append(inside[0] / (now(device) - start))
         watched = sum(int(mask.sum()) for mask in hook._recovery.decayed().values())
@@ -144,18 +180,17 @@ def time_recovery(name: str, steps: int, data_root: str, closed: float) -> dict:
 def time_detector(name: str, steps: int, data_root: str) -> dict:
     """Time pairs of steps of a detector, with and without the hook at its default settings."""
     with tempfile.TemporaryDirectory() as work_dir:
-        runner, batch = ready(name, data_root, work_dir)
+        runner, batch = ready(*DETECTORS[name], data_root, work_dir)
         device = next(runner.model.parameters()).device
 
         hook = CollapseHook()
-        hook.before_run(runner)
-        hook.before_train(runner)
+        attach(runner, [hook])
         inside = [0.0]
         timed = partial(summed, inside)
         for group in hook._watch._groups:
             group.observe = timed(group.observe)
 
-        def step(watched: bool) -> float:
+        def paired(watched: bool) -> float:
             start = now(device)
             if watched:
                 timed(hook.before_train_iter)(runner, 0)
@@ -166,14 +201,14 @@ def time_detector(name: str, steps: int, data_root: str) -> dict:
             return now(device) - start
 
         for _ in range(3):  # the first one finds the rectifiers, once in a run
-            step(watched=True)
+            paired(watched=True)
         ratios, plain, shares, reports = [], [], [], []
         for pair in range(steps):
             times = {}
             for watched in (True, False) if pair % 2 else (False, True):
                 hook._watch.active = False
                 inside[0] = 0.0
-                times[watched] = step(watched)
+                times[watched] = paired(watched)
                 if watched:
                     spent = inside[0]
             plain.append(times[False])

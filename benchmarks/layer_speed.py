@@ -39,18 +39,18 @@ class BNPlusShift(nn.BatchNorm2d):
 LAYERS = {'BN': nn.BatchNorm2d, 'psBN': PostShiftedBatchNorm2d, 'BN(x) + 0.1': BNPlusShift}
 
 
-def resnet50_shapes(image: int) -> Counter:
-    """The (channels, side) of ResNet-50's 53 BN layers, with how often each occurs."""
-    shapes = Counter({(64, image // 2): 1})
-    side = image // 4
-    for stage, (blocks, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512))):
+def resnet50_shapes(height: int, width: int) -> Counter:
+    """The (channels, height, width) of ResNet-50's 53 BN layers, with how often each occurs."""
+    shapes = Counter({(64, -(-height // 2), -(-width // 2)): 1})
+    size = -(-height // 4), -(-width // 4)
+    for stage, (blocks, channels) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512))):
         for block in range(blocks):
-            before = side
+            before = size
             if stage and not block:
-                side //= 2
-            shapes[width, before] += 1
-            shapes[width, side] += 1
-            shapes[4 * width, side] += 1 + (not block)  # and the shortcut's
+                size = -(-size[0] // 2), -(-size[1] // 2)
+            shapes[(channels, *before)] += 1
+            shapes[(channels, *size)] += 1
+            shapes[(4 * channels, *size)] += 1 + (not block)  # and the shortcut's
     return shapes
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     print(f'{"channels":>8} {"side":>5} {"layers":>6}   ratio to BN: median [quartiles]')
-    for (channels, side), count in resnet50_shapes(args.image).items():
+    for (channels, side, _), count in resnet50_shapes(args.image, args.image).items():
         row = {'channels': channels, 'side': side, 'layers': count}
         row.update(time_shape(channels, side, args, device))
         rows.append(row)

@@ -49,7 +49,7 @@ class Classifier(BaseModel):
 
     def forward(self, images, labels, mode='tensor'):
         logits = self.linear(self.head(self.stem(torch.stack(images))).mean((2, 3)))
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, device=logits.device)
         return dict(loss=nn.functional.cross_entropy(logits, labels))
 
 

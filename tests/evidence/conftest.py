@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks/evidence'))
+BENCHMARKS = Path(__file__).resolve().parents[2] / 'benchmarks'
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / 'evidence')]
 
 
 @pytest.fixture
@@ -24,3 +29,16 @@ def torchvisions() -> Callable:
         return {**renamed, 'classifier.1.weight': torch.zeros(1000, 1280)}
 
     return torchvisions
+
+
+@pytest.fixture(scope='module')
+def cifar(tmp_path_factory) -> Path:
+    """Noise in the folders of CIFAR-10's classes."""
+    folder = tmp_path_factory.mktemp('cifar')
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
+    for name in ('train', 'test'):
+        with zipfile.ZipFile(folder / f'{name}.zip', 'w') as file:
+            for label, i in itertools.product(range(10), range(len(pixels))):
+                with file.open(f'{label}/{i:04}.jpg', 'w') as image:
+                    Image.fromarray(pixels[i]).save(image, 'JPEG')
+    return folder

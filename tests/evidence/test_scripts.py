@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -62,19 +60,6 @@ def cells(coco_root, tmp_path_factory) -> Path:
         for category, name in zip(content['categories'], ('RBC', 'WBC', 'Platelets', 'none')):
             category['name'] = name
         (folder / f'annotations/{split}.json').write_text(json.dumps(content))
-    return folder
-
-
-@pytest.fixture(scope='module')
-def cifar(tmp_path_factory) -> Path:
-    """Noise in the folders of CIFAR-10's classes."""
-    folder = tmp_path_factory.mktemp('cifar')
-    pixels = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
-    for name in ('train', 'test'):
-        with zipfile.ZipFile(folder / f'{name}.zip', 'w') as file:
-            for label, i in itertools.product(range(10), range(len(pixels))):
-                with file.open(f'{label}/{i:04}.jpg', 'w') as image:
-                    Image.fromarray(pixels[i]).save(image, 'JPEG')
     return folder
 
 
