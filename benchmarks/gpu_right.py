@@ -78,6 +78,7 @@ CASES = {
 def checks(context: Any) -> Iterator[tuple[str, Callable[[], dict]]]:
     """All checks: their names, and what does them."""
     device = context.device
+    torch.backends.cudnn.allow_tf32 = False  # which rounds so much that rectifiers flip
     for name, case in CASES.items():
         if context.small and case.cuda:
             yield f'psBN as BN(x) + {ALPHA}: {name}', lambda: {'text': 'only CUDA has it'}
@@ -95,6 +96,7 @@ def checks(context: Any) -> Iterator[tuple[str, Callable[[], dict]]]:
     yield 'RecoveryHook until a filter opens', partial(recovery, device, context.folder)
     do = partial(recovery, device, context.folder, amp=True)
     yield 'RecoveryHook with AMP and skipped steps', do
+    torch.backends.cudnn.allow_tf32 = True
 
 
 # psBN against the naive layer
@@ -220,7 +222,7 @@ def compare(case: Case, device: torch.device, steps: int) -> dict:
     most = {name: float(torch.stack(values).max()) for name, values in apart.items()}
     # A rectifier may flip by rounding, which a few channels show: so not the largest is judged. In
     # half precision the naive layer rounds once more.
-    ok = mean['psBN'] <= (2e-5 if case.autocast else 1e-7) and 10 * mean['psBN'] < mean['BN']
+    ok = mean['psBN'] <= (2e-5 if case.autocast else 1e-6) and 10 * mean['psBN'] < mean['BN']
     text = 'beta apart by {psBN:.0e} in the mean, BN by {BN:.0e}'.format(**mean)
     return {'ok': ok, 'text': f'{text}, at most {most["psBN"]:.0e}', 'mean': mean, 'most': most}
 
