@@ -41,6 +41,7 @@ import mmcv_on_gpu  # noqa: E402
 from make_dataset import make_dataset  # noqa: E402
 from timing import RESULTS, hardware  # noqa: E402
 
+NEW_ENOUGH = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)  # has a fused SGD
 # 'name', 'text' for the table, 'ok' where it can be wrong, 'keep' where later runs add to it.
 Row = dict
 
@@ -117,6 +118,8 @@ def main() -> int:
     parts = args.parts.split(',')
     if not set(parts) <= PARTS.keys():
         parser.error(f'--parts must be of {", ".join(PARTS)}, got {args.parts}')
+    if not NEW_ENOUGH:
+        parser.error(f'this takes torch 2.4 or newer, and this one is {torch.__version__}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('this torch sees no GPU: --device cpu is the rehearsal')
     begin = time.monotonic()

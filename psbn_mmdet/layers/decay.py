@@ -155,8 +155,15 @@ def _prepare(optimizer_class: type[Optimizer]) -> None:
     # Schedule-free optimisers exchange parameters and averages in `train` and `eval`.
     for name in ('step', 'train', 'eval'):
         method = vars(optimizer_class).get(name)
-        if callable(method) and not hasattr(method, '_on_beta'):
-            setattr(optimizer_class, name, _on_beta(method))
+        if not callable(method) or hasattr(method, '_on_beta'):
+            continue
+        # Hooks on the step see b, also of an optimiser that was made before this was imported.
+        has_hooks = hasattr(method, 'hooked')
+        moving = _on_beta(method.__wrapped__ if has_hooks else method)
+        if has_hooks:
+            moving = Optimizer.profile_hook_step(moving)
+            moving.hooked = True  # type: ignore[attr-defined]
+        setattr(optimizer_class, name, moving)
     for subclass in optimizer_class.__subclasses__():
         _prepare(subclass)
 

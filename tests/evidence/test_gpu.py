@@ -23,6 +23,8 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.skipif(not gpu.NEW_ENOUGH, reason='benchmarks/gpu.py needs torch 2.4')
+
 
 @pytest.mark.slow
 def test_the_rehearsal(cifar, tmp_path):

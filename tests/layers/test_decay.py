@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from commands import run
+from commands import ROOT, run
 from mmengine.registry import OPTIMIZERS
 from naive import ALPHA, NaivePSBN2d, beta_of
 from torch import nn
@@ -268,6 +268,26 @@ def test_hooks_of_others_on_the_same_step_see_b():
     for bias in seen:
         torch.testing.assert_close(bias, torch.full((6,), ALPHA), rtol=0, atol=1e-4)
     assert len(seen) == 2
+
+
+def test_hooks_see_b_on_an_optimiser_that_was_made_before_the_import(tmp_path):
+    path = tmp_path / 'late.py'
+    path.write_text("""
+import torch
+param = torch.nn.Parameter(torch.ones(1))
+torch.optim.SGD([param], lr=0.1).step()  # torch prepares the class for hooks
+from psbn_mmdet.layers import PostShiftedBatchNorm2d
+norm = PostShiftedBatchNorm2d(1)
+optimizer = torch.optim.SGD(norm.parameters(), lr=0.1, weight_decay=1.0)
+for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+    register(lambda *_: print(f'{norm.bias.item():.3f}'))
+norm.weight.grad, norm.bias.grad = torch.zeros(1), torch.ones(1)
+optimizer.step()
+""")
+    assert run(sys.executable, path, cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout.split() == [
+        '0.100',
+        '0.000',
+    ]
 
 
 # Which optimiser, which layer
