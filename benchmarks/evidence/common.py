@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from mmengine.config import Config
 from PIL import Image
 from scipy import stats
 from torch import Tensor
@@ -30,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import psbn_mmdet  # noqa: E402
+from psbn_mmdet.preflight import load_config  # noqa: E402
+
+_READING = Lock()
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
@@ -180,6 +185,12 @@ def as_many_others(
         chosen = generator.choice(free, min(len(free), mask.sum()), replace=False)
         others[name] = np.isin(np.arange(len(mask)), chosen)
     return others
+
+
+def read_config(path: Path) -> Config:
+    """Read a config, in one thread at a time: older MMEngines reload a module for that."""
+    with _READING:
+        return load_config(str(path))
 
 
 def in_process(do: Callable[..., Any], **setting: Any) -> Any:

@@ -27,6 +27,7 @@ from common import (
     contrasts_of,
     contrasts_table,
     plot_arms,
+    read_config,
     table,
 )
 from detection import (
@@ -43,12 +44,8 @@ from detection import (
 )
 from matplotlib.figure import Figure
 
-from psbn_mmdet.preflight import load_config
-
 SHIFT = 0.1
 DEMO = ROOT / 'demo/faster-rcnn_r18_fpn_bn_demo.py'
-# Read here, and not in the threads of the runs: not all MMEngines can read configs in several.
-OPTIM_WRAPPER = load_config(str(DEMO)).optim_wrapper.to_dict()
 WITHOUT = 'psBN x 20, without them'
 MANY, SOME, FEW = 5, 3, 2  # seeds: at 20 times, of the map, and of single controls
 
@@ -127,7 +124,7 @@ def write_config(
     paramwise: dict[str, object] = {'norm_decay_mult': arm.gamma}
     if arm.beta != arm.gamma:
         paramwise['custom_keys'] = {name: {'decay_mult': arm.beta} for name in biases_at(base, 0)}
-    optimizer = {**OPTIM_WRAPPER, 'paramwise_cfg': paramwise}
+    optimizer = {**read_config(DEMO).optim_wrapper.to_dict(), 'paramwise_cfg': paramwise}
     text = f"""_base_ = {str(base)!r}
 {more}custom_hooks = [dict(type='CollapseHook', interval=50)]
 optim_wrapper = dict(_delete_=True, **{optimizer})

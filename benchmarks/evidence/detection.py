@@ -15,7 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BLUE, GREEN, GREY, IMAGES, ORANGE, PINK, RED, ROOT, Experiment, mean_ci, table
+from common import (
+    BLUE,
+    GREEN,
+    GREY,
+    IMAGES,
+    ORANGE,
+    PINK,
+    RED,
+    ROOT,
+    Experiment,
+    mean_ci,
+    read_config,
+    table,
+)
 from matplotlib.figure import Figure
 from mmengine.registry import DefaultScope
 
@@ -28,7 +41,6 @@ from psbn_mmdet.checkpoints import (
 from psbn_mmdet.checkpoints.config_model import model_of_config
 from psbn_mmdet.collapse import find_norms, revive
 from psbn_mmdet.layers import find_norm_states
-from psbn_mmdet.preflight import load_config
 from psbn_mmdet.records import read_records
 from psbn_mmdet.report import find_record
 
@@ -95,7 +107,7 @@ class Detection:
         train(config, work_dir, **self.drawn, **self.quick)
         checkpoint = last_checkpoint(work_dir)
         names = find_norm_states(read_weights(checkpoint).state_dict)
-        structure = structure_of_config(load_config(str(config)), names)
+        structure = structure_of_config(read_config(config), names)
         content = read_content(checkpoint)
         content['state_dict'], opened = revive(content['state_dict'], structure)
         (work_dir / 'revived.pth').unlink(missing_ok=True)
@@ -152,13 +164,13 @@ def drawn_data(experiment: Experiment) -> dict[str, object]:
 def biases_at(config: Path, value: float) -> dict[str, torch.Tensor]:
     """The biases of all norms of a config, at a value."""
     with DefaultScope.overwrite_default_scope('mmdet'):
-        norms = find_norms(model_of_config(load_config(str(config))))
+        norms = find_norms(model_of_config(read_config(config)))
     return {f'{name}.bias': torch.full_like(norm.bias, value) for name, norm in norms.items()}
 
 
 def parts_with_norms(config: Path) -> list[str]:
     """Those of backbone, neck and head that take a norm_cfg."""
-    model = load_config(str(config)).model
+    model = read_config(config).model
     return [p for p in ('backbone', 'neck', 'bbox_head') if 'norm_cfg' in model.get(p, {})]
 
 

@@ -28,6 +28,7 @@ from common import (
     in_process,
     make_constant,
     markdown_table,
+    read_config,
     table,
     take_away,
 )
@@ -45,7 +46,6 @@ from matplotlib.figure import Figure
 from mmengine.runner import Runner
 
 from psbn_mmdet.checkpoints import read_content
-from psbn_mmdet.preflight import load_config
 from psbn_mmdet.records import find_snapshots, read_records, read_snapshot
 from psbn_mmdet.report import find_record
 
@@ -126,7 +126,7 @@ def aps_changed(
 ) -> list[float]:
     """AP of a checkpoint's detector after each of some changes: the function, and its filters."""
     torch.set_num_threads(1)
-    cfg = load_config(str(config))
+    cfg = read_config(config)
     cfg.merge_from_dict({**options, 'load_from': None, 'custom_hooks': []})
     cfg.work_dir = str(work_dir)
     state = read_content(checkpoint)['state_dict']

@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # as the tool sets it, before torch is imported
-
 import numpy as np
 import torch
 from mmengine.fileio.backends import LocalBackend

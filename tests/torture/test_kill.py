@@ -115,6 +115,7 @@ def trainer(coco_root, tmp_path_factory):
         os.environ,
         PYTHONPATH=os.pathsep.join([str(ROOT), str(HERE), os.environ.get('PYTHONPATH', '')]),
         OMP_NUM_THREADS='1',
+        TORCH_FORCE_WEIGHTS_ONLY_LOAD='1',  # as the tool sets it before it imports torch
     )
     server = subprocess.Popen(
         [sys.executable, str(HERE / 'killable.py')],
