@@ -34,7 +34,6 @@ TITLES = {
     'checks': '`tools/train.py` and `tools/test.py`, before a run',
     'checkpoints': 'Checkpoint files',
     'collapse': 'Counting and reviving',
-    'forecast': 'Forecast',
     'records': 'Records and snapshots',
     'report': 'The report',
     'commands': 'Command lines',

@@ -11,7 +11,6 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -23,8 +22,7 @@ from ..collapse import (
     check_thresholds,
     find_norms,
 )
-from ..forecast import Course, courses, make_forecast
-from ..forecast.config import norm_decay_mult_of
+from ..forecast import Schedule, make_forecast, read_schedule
 from ..layers import PostShiftedBatchNorm
 from .epoch_table import EpochTable
 from .history import COUNTS, History, Report
@@ -196,7 +194,7 @@ class CollapseHook(Hook):
         self._history = History(start, self._journal.begin(runner, start))
         self._parts.run('snapshots', self._keep_snapshot, runner)
         self._loaded = start
-        self._courses = self._parts.run('forecasts', _courses, runner, norms)
+        self._schedules = self._parts.run('forecasts', _read_schedules, runner, norms)
         if self.window > self.interval:
             runner.logger.info(
                 f'CollapseHook: trapped filters are counted from iteration '
@@ -249,16 +247,11 @@ class CollapseHook(Hook):
     def _forecast(self, runner: Runner) -> None:
         hook = _recovery_hook(runner)
         recovery = (hook.steps, hook.window) if hook and not runner.cfg.get('compile') else None
-        forecast = make_forecast(
-            self._loaded.judged(self._rectifiers),
-            find_norms(self._model),
-            self._courses or {},
-            self._begin,
-            recovery,
-            norm_decay_mult_of(runner.cfg),
-        )
-        if forecast is not None:
-            runner.logger.info(f'CollapseHook: {forecast.text()}')
+        judged, norms = self._loaded.judged(self._rectifiers), find_norms(self._model)
+        for schedule in self._schedules or []:
+            forecast = make_forecast(judged, norms, schedule, self._begin, recovery)
+            if forecast is not None:
+                runner.logger.info(f'CollapseHook: {forecast.text()}')
 
     def _report(self, runner: Runner, watch: GradientWatch) -> None:
         if self._trace is not None:
@@ -367,24 +360,26 @@ def _warn_of_optimizers(
             runner.logger.warning(warning)
 
 
-def _courses(runner: Runner, norms: Mapping[str, _BatchNorm]) -> dict[nn.Parameter, Course | None]:
-    """What this training does to parameters of psBN layers that no gradient reaches."""
+def _read_schedules(runner: Runner, norms: Mapping[str, _BatchNorm]) -> list[Schedule]:
+    """What each optimiser does to parameters of psBN layers that no gradient reaches."""
     params = [
         param
         for norm in norms.values()
         if isinstance(norm, PostShiftedBatchNorm)
         for param in norm.parameters()
     ]
+    if not params:
+        return []
     by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
     length = len(runner.train_dataloader) if by_epoch else None
+    iterations = max(runner.max_iters - runner.iter, 0)
     wrappers: Any = runner.optim_wrapper
     if not isinstance(wrappers, OptimWrapperDict):
-        wrappers = {'': wrappers}
-    found = {}
-    for name, wrapper in wrappers.items():
-        schedulers: Any = runner.param_schedulers or []
-        if isinstance(schedulers, dict):
-            schedulers = schedulers.get(name, [])
-        iterations = max(runner.max_iters - runner.iter, 0)
-        found.update(courses(wrapper, schedulers, params, iterations, length))
-    return found
+        return [read_schedule(wrappers, runner.param_schedulers or [], params, iterations, length)]
+    schedulers: Any = runner.param_schedulers or {}
+    if not isinstance(schedulers, dict):
+        schedulers = dict.fromkeys(wrappers.keys(), schedulers)
+    return [
+        read_schedule(wrapper, schedulers.get(name, []), params, iterations, length)
+        for name, wrapper in wrappers.items()
+    ]

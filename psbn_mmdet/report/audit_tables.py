@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,9 +188,7 @@ def _forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
         for how in ('weight decay', 'RecoveryHook'):
             if how in row:
                 row[how] = sorted(row[how].tolist())
-        if not math.isfinite(row['opens_above_b']):
-            row['opens_above_b'] = None
-    return {'iterations': forecast.iterations, 'unknown': forecast.unknown, 'parts': rows}
+    return {'iterations': forecast.iterations, 'parts': rows}
 
 
 def _forecast_table(forecast: Forecast) -> str:

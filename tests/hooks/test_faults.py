@@ -47,7 +47,7 @@ FAULTS = {  # what fails, and the part that is off then
     'writing a snapshot': ((journal, 'write_snapshot'), 'snapshots'),
     'watching steps': ((collapse_hook, 'StepTrace'), 'dead filters'),
     'drawing the table': ((collapse_hook.EpochTable, 'render'), 'tables'),
-    'reading the schedule': ((collapse_hook, 'courses'), 'forecasts'),
+    'reading the schedule': ((collapse_hook, 'read_schedule'), 'forecasts'),
     'forecasting': ((collapse_hook, 'make_forecast'), 'forecasts'),
     'speaking of layers': ((collapse_hook, '_warn_of_optimizers'), 'messages on layers'),
 }
