@@ -42,6 +42,15 @@ DETECTORS = {
     'demo': ('demo/faster-rcnn_r18_fpn_psbn_demo.py', (128, 128)),
     'faster-rcnn_r50': ('configs/psbn/faster-rcnn_r50_fpn_psbn_1x_coco.py', (320, 192)),
 }
+PARTS_OF_RECOVERY = (
+    'note_step',
+    'exchange_evidence',
+    'exchange_gradients',
+    'judge',
+    'clear_moments',
+    'decay',
+    'choose',
+)
 
 
 def ready(
@@ -154,18 +163,20 @@ def time_recovery(name: str, steps: int, data_root: str, closed: float) -> dict:
         close(runner.model, round(closed * filters))
         hook = RecoveryHook(steps=10**6)  # so that they stay closed
         attach(runner, [hook])
+        while hook._recovery is None:  # until it is known what stands around the layers
+            step(runner, batch, [hook])
         inside = [0.0]
         for group in hook._recovery._groups:
-            group.step = summed(inside, group.step)
+            for part in PARTS_OF_RECOVERY:
+                setattr(group, part, summed(inside, getattr(group, part)))
             for layer in group.layers:
-                layer._after_forward = summed(inside, layer._after_forward)
-                layer._before_accumulation = summed(inside, layer._before_accumulation)
+                layer.look_at = summed(inside, layer.look_at)
         shares = []
-        for number in range(hook.window + steps):
+        for number in range(2 * hook.window + steps):
             inside[0] = 0.0
             start = now(device)
             step(runner, batch, [hook])
-            if number >= hook.window:
+            if number >= 2 * hook.window:
                 shares.append(inside[0] / (now(device) - start))
         watched = sum(int(mask.sum()) for mask in hook._recovery.decayed().values())
         hook.after_train(runner)

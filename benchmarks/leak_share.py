@@ -74,9 +74,9 @@ def measure(runner: Runner, batch: dict) -> dict:
 
     with RectifierTrace(model) as trace:
         loss()
-    shares = np.concatenate(list(leak_share(model, loss, trace.rectifiers).values()))
+    shares = np.concatenate(list(leak_share(model, loss, trace.structure.rectifiers).values()))
     shares = shares[~np.isnan(shares)]
-    found = census_of_model(model, rectifiers=trace.rectifiers)
+    found = census_of_model(model, rectifiers=trace.structure.rectifiers)
     return {
         'filters': len(shares),
         'median_share': float(np.median(shares)),

@@ -264,7 +264,9 @@ def _steps(run: Run, name: str) -> None:
     # A baseline without a 'tensor' mode may train well.
     row.update(cannot_train or {'failed': ''})
     trace = run.tried('training step', True, lambda: step(ours, data))
-    census = run.tried('count', True, lambda: census_of_model(ours, rectifiers=trace.rectifiers))
+    census = run.tried(
+        'count', True, lambda: census_of_model(ours, rectifiers=trace.structure.rectifiers)
+    )
     if census is not None:
         row['filters'] = sum(len(layer.gamma) for layer in census.layers)
         row['collapsed'] = census.count('collapsed')

@@ -54,7 +54,6 @@ from psbn_mmdet.collapse import (
     RECTIFIERS,
     GradientWatch,
     Recovery,
-    RectifierTrace,
     Structure,
     census_of_model,
     find_norms,
@@ -317,21 +316,13 @@ def on_cells(
 
 def recover(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Recovery:
     """What RecoveryHook does in a Runner."""
-    modules = dict(model.named_modules())
-    with torch.no_grad(), RectifierTrace(model.eval()) as trace:
-        model(torch.randn(2, 3, 32, 32))
+    structure = trace_structure(model.eval(), torch.randn(2, 3, 32, 32))
 
-    def witness(name: str) -> nn.Module | None:
-        return modules.get(trace.witnesses.get(name, ''))
+    def failed(error: Exception | None) -> None:
+        if error is not None:
+            raise error
 
-    def around(name: str) -> tuple[nn.Module | None, list[nn.Module]]:
-        consumers = [modules[consumer] for consumer in trace.consumers.get(name, [])]
-        return modules.get(trace.producers.get(name, '')), consumers
-
-    def failed(error: Exception) -> None:
-        raise error
-
-    return Recovery([optimizer], find_norms(model), witness, steps, WINDOW_OF_HOOK, around, failed)
+    return Recovery(model, [optimizer], structure, steps, WINDOW_OF_HOOK, failed, list)
 
 
 def sizes_around(network: str, checkpoints: str) -> list[dict]:
@@ -344,14 +335,15 @@ def sizes_around(network: str, checkpoints: str) -> list[dict]:
     blocks, file = RESNETS[network]
     model = CifarResNet(blocks)
     model.load_state_dict(read_weights(Path(checkpoints) / file).state_dict)
-    with torch.no_grad(), RectifierTrace(model.eval()) as trace:
-        model(torch.randn(2, 3, 32, 32))
+    structure = trace_structure(model.eval(), torch.randn(2, 3, 32, 32))
     rows = []
-    for layer in census_of_model(model, rectifiers=trace.rectifiers).layers:
+    for layer in census_of_model(model, rectifiers=structure.rectifiers).layers:
         if layer.rectifier != 'relu' or not layer.dead.any():
             continue
-        own = model.get_submodule(trace.producers[layer.name]).weight.detach()
-        read = model.get_submodule(trace.consumers[layer.name][0]).weight.detach().transpose(0, 1)
+        own = model.get_submodule(structure.producers[layer.name]).weight.detach()
+        read = (
+            model.get_submodule(structure.consumers[layer.name][0]).weight.detach().transpose(0, 1)
+        )
         sizes = [weight.flatten(1).norm(dim=1) for weight in (own, read)]
         relative = [size / size[~torch.tensor(layer.dead)].median() for size in sizes]
         for channel in np.flatnonzero(layer.dead):

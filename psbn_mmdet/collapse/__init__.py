@@ -15,12 +15,13 @@ from .gradients import GradientWatch
 from .leak import leak_share
 from .recovery import Recovery, decay_per_step
 from .revival import revive
-from .trace import (
+from .structure import (
     RectifierTrace,
     StepTrace,
     Structure,
     trace_rectifiers,
     trace_structure,
+    watch_steps,
     what_follows,
 )
 
@@ -44,5 +45,6 @@ __all__ = [
     'revive',
     'trace_rectifiers',
     'trace_structure',
+    'watch_steps',
     'what_follows',
 ]

@@ -7,30 +7,24 @@ xhat + beta``, it does until ``q^n m + alpha > 0``: there the output leaves 0, c
 gradients reach the filter again, and the decay ends. Weight decay does the same at the rate of the
 whole network (arXiv 2001.11216); closed filters of BN stay closed throughout.
 
-Evidence that a filter is closed is that in each of the last steps
+That a filter is closed is seen: in each of the last forward passes of its layer, in training or
+not, on all ranks, the output that goes into ReLUs alone was never positive; or it went into sums
+alone, as at the end of a residual block, these into ReLUs, and they passed nothing. (The decay then
+brings the layer's part of the sum nearer to alpha, and the rest is the same.) Nor did its bias get
+a gradient. A filter that is open in rare images alone, of which none came, is not told from these.
 
-- no gradient reached gamma or bias, though the layer had gradients, and
-- the layer's output went into ReLUs alone and was never positive, on any rank; or it went into
-  sums alone, as at the end of a residual block, these into ReLUs, and they passed nothing. The
-  decay then brings the layer's part of the sum nearer to alpha, and the rest is the same.
-
-The first is not enough: the head of a detector gets no gradient where there is no positive sample,
-open as it is. The second is looked at only where the first holds, and travels with the gradients:
-a rank that has seen the filter open, or cannot tell, adds a number to the gradient of its bias
-that is too small to change any sum, but not 0 (:data:`OPEN`). So after the reduction of gradients
-all ranks know the same and do the same, without a collective. Before the step these numbers are
-taken away.
-
-With the decay begins what :mod:`.restore` does: the convolutions around the filter, if they have
-decayed, get their size back while it is closed, so that it responds when it opens.
+Weights around filters that came closed with the loaded weights have decayed, too, and are restored
+once, at the start (:mod:`.restore`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Optional
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
@@ -41,13 +35,16 @@ from torch.utils._python_dispatch import (
 from ..layers import PostShiftedBatchNorm
 from .gradients import let_hooks_run
 from .restore import restore
+from .structure import Structure, in_backward
 
-# Lost in any gradient that matters, and not yet 0 in float32 after loss scales and averages.
-OPEN = 1e-25
-# The convolution that feeds a layer, and those that read it.
-Around = tuple[Optional[nn.Module], Sequence[nn.Module]]
-# State of optimisers that has a parameter's shape and is no average of gradients.
-_KEPT = ('ax', 'step_size')
+# Averages of gradients, which are 0 where none comes.
+_MOMENTS = {
+    *('momentum_buffer', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'exp_inf'),
+    *('square_avg', 'grad_avg', 'acc_delta', 'sum'),
+}
+# Other positions of the parameter, which go where it goes: of D-Adaptation, schedule-free
+# optimisers, ASGD and Lookahead.
+_POSITIONS = {'x0', 'z', 'ax', 'slow_buffer', 'slow_param'}
 
 
 def decay_per_step(shift: float, steps: int) -> float:
@@ -66,29 +63,32 @@ def decay_per_step(shift: float, steps: int) -> float:
 
 
 class Recovery:
-    """Decay gamma and b - alpha of closed filters of psBN layers, in a pre-hook of each step.
+    """Decay gamma and b - alpha of closed filters of psBN layers, after optimiser steps.
 
-    Once in ``window`` steps the gradients of all layers are looked at. Filters without any are
-    watched from then on: their outputs in each forward pass, their gradients in each step. After
-    ``window`` steps without a sign of life they are decayed in each step, until there is one.
-    Moments of the optimiser, such as momentum, are set to 0 meanwhile. The convolutions around
-    them are restored when it begins.
+    Once in ``window`` steps the gradients of all biases are looked at. Filters without any are
+    watched from then on: in each forward pass their outputs, in each step their gradients. After
+    ``window`` passes without a sign of life they are decayed, until there is one. Moments of the
+    optimiser, such as momentum, are set to 0 meanwhile.
 
-    Layers take part whose gamma and bias are trained by one optimiser.
+    What was seen is judged, and gamma and beta are decayed, once in ``window`` steps by that many
+    factors, which is hardly less smooth and costs less; in each step where ``steps`` is small.
+
+    Layers take part of which the structure knows where an open filter shows, and whose gamma and
+    bias are trained by one optimiser, with a learning rate. With several ranks there is a
+    reduction at each of these times; all ranks do the same.
 
     Args:
+        network (nn.Module): The network.
         optimizers (Sequence[Optimizer]): All optimisers of the training.
-        norms (Mapping[str, PostShiftedBatchNorm]): psBN layers by name.
-        witness (Callable): Called with a layer's name; the module whose output is positive where a
-            filter of the layer is open, as far as is known on this rank, else None (see
-            :attr:`.RectifierTrace.witnesses`).
+        structure (Structure): What stands around its layers; the same on all ranks.
         steps (int): Number of steps in which a filter with beta = -1 opens.
-        window (int): Number of steps of evidence.
-        around (Callable): Called with a layer's name; the convolution that feeds it, and those that
-            read it, as far as they may be restored (see :attr:`.RectifierTrace.producers` and
-            :attr:`.RectifierTrace.consumers`). All ranks must be told the same.
-        failed (Callable): Called with the exception if something fails in a step; nothing is
-            decayed from then on. What it raises goes through the optimiser's step.
+        window (int): Number of forward passes of evidence.
+        failed (Callable): Called with the exception, None on a rank where nothing failed, when
+            something has failed in this; nothing is decayed from then on, on any rank. The
+            training goes on.
+        copies (Callable, optional): Returns the modules, by the network's names, of each averaged
+            copy of it, whose weights are restored with the network's. None to restore nothing, as
+            in a run that goes on. Defaults to None.
 
     Attributes:
         ended (bool): Whether nothing is decayed any more.
@@ -96,30 +96,46 @@ class Recovery:
 
     def __init__(
         self,
+        network: nn.Module,
         optimizers: Sequence[Optimizer],
-        norms: Mapping[str, PostShiftedBatchNorm],
-        witness: Callable[[str], nn.Module | None],
+        structure: Structure,
         steps: int,
         window: int,
-        around: Callable[[str], Around],
-        failed: Callable[[Exception], None],
+        failed: Callable[[Exception | None], None],
+        copies: Callable[[], Sequence[Mapping[str, nn.Module]]] | None = None,
     ) -> None:
+        self._network = network
+        self._structure = structure
         self._failed = failed
+        self._copies = copies
+        self._error: Exception | None = None
         self.ended = False
         self._groups: list[_Group] = []
         self._handles: list[Any] = []
+        modules = dict(network.named_modules())
+        self._learning: set[nn.Parameter] = set()
         for optimizer in optimizers:
-            own = {p for group in optimizer.param_groups for p in group['params']}
+            rates = {p: group for group in optimizer.param_groups for p in group['params']}
+            own = {p for p, g in rates.items() if p.requires_grad and _learns(g, 'initial_lr')}
+            self._learning |= own
             layers = [
-                _Layer(name, norm, witness, around, decay_per_step(norm.shift, steps))
-                for name, norm in norms.items()
-                if norm.weight in own and norm.bias is not None and norm.bias in own
+                _Layer(name, network, modules[witness], steps, rates, self._fail)
+                for name, witness in structure.witnesses.items()
+                if isinstance(norm := modules.get(name), PostShiftedBatchNorm)
+                and norm.weight in own
+                and norm.bias in own
             ]
             for device in dict.fromkeys(layer.bias.device for layer in layers):
-                group = _Group([x for x in layers if x.bias.device == device], window)
+                of_device = [layer for layer in layers if layer.bias.device == device]
+                # Together with so many factors a filter still opens in 50 times or more.
+                every = window if steps >= 50 * window else 1
+                group = _Group(of_device, window, every)
                 self._groups.append(group)
                 let_hooks_run(optimizer)
-                self._handles.append(optimizer.register_step_pre_hook(self._before_step(group)))
+                self._handles += [
+                    optimizer.register_step_pre_hook(self._before_step(group)),
+                    optimizer.register_step_post_hook(self._after_step(group)),
+                ]
 
     @property
     def layers(self) -> list[str]:
@@ -128,23 +144,21 @@ class Recovery:
 
     def decayed(self) -> dict[str, Tensor]:
         """Channels that are being decayed, as bool masks of shape (C,) by layer."""
-        masks = {}
-        for group in self._groups:
-            group.put_back()
-            for layer in group.layers:
-                masks[layer.name] = (layer.proof >= group.window).cpu()
-        return masks
+        return self._masks(lambda group: group.proof >= group.window)
 
     def opened(self) -> dict[str, Tensor]:
-        """Channels that were decayed until they gave a sign of life, since the last call."""
-        masks = {}
+        """Channels that were decayed until they were seen open, since the last call."""
+        masks = self._masks(lambda group: group.opened)
         for group in self._groups:
-            group.put_back()
-            for layer in group.layers:
-                masks[layer.name] = layer.opened.cpu()
-                layer.opened = torch.zeros_like(layer.opened)
-            group.take()
+            group.opened = torch.zeros_like(group.opened)
         return masks
+
+    def _masks(self, mask: Callable[[_Group], Tensor]) -> dict[str, Tensor]:
+        return {
+            name: part
+            for group in self._groups
+            for name, part in zip(group.names, mask(group).cpu().split(group.sizes))
+        }
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What a resumed run goes on from: plain values, and tensors on the CPU."""
@@ -173,247 +187,416 @@ class Recovery:
     def _end(self) -> None:
         self.ended = True
         for group in self._groups:
-            for layer in group.layers:
-                layer.watch(torch.zeros_like(layer.watched))
+            group.watch(torch.zeros_like(group.watched))
+
+    def _fail(self, error: Exception) -> None:
+        """Keep what has failed; with several ranks all end together, at the next reduction."""
+        self._error = self._error or error
+        if get_world_size() == 1 and not self.ended:
+            self._end()
+            self._failed(error)
 
     def _before_step(self, group: _Group) -> Callable:
+        @torch.no_grad()
         def hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             if self.ended:
                 return
+            is_due = group.note_step(self._fail)
+            if not is_due:
+                return
+            # The reductions come first, which no rank may leave out.
+            alive, passes = group.exchange_evidence(self._error is not None)
+            has_failed = group.exchange_gradients(self._error is not None)
+            if has_failed:
+                self._end()
+                self._failed(self._error)
+                return
             try:
-                group.step(optimizer)
+                group.judge(alive, passes, getattr(optimizer, 'found_inf', None))
+                group.clear_moments(optimizer)
             except Exception as error:
-                self._end()  # torch goes through the hooks now, and lets none be removed
-                self._failed(error)
+                self._fail(error)
 
         return hook
 
+    def _after_step(self, group: _Group) -> Callable:
+        @torch.no_grad()
+        def hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+            if self.ended or self._error is not None:
+                return
+            try:
+                group.decay()
+                if group.chosen == 1:
+                    self._restore(group)
+                group.choose()
+            except Exception as error:
+                self._fail(error)
+
+        return hook
+
+    def _restore(self, group: _Group) -> None:
+        """Once, when the first filters are known to be closed, and have been since the start."""
+        closed = group.proof >= group.window
+        if self._copies is None or group.codes is None or not closed.any():
+            return
+        modules = dict(self._network.named_modules())
+        networks = [modules, *self._copies()]
+
+        def learns(name: str | None) -> bool:
+            return name is not None and modules[name].weight in self._learning
+
+        parts = zip(group.names, closed.split(group.sizes), group.watched.split(group.sizes))
+        for layer, mask, watched in parts:
+            if mask.any():
+                producer = self._structure.producers.get(layer)
+                consumers = self._structure.consumers.get(layer, [])
+                restore(
+                    networks,
+                    layer,
+                    producer if learns(producer) else None,
+                    [name for name in consumers if learns(name)],
+                    mask,
+                    ~watched,
+                )
+        group.follow()
+
 
 class _Layer:
-    """A psBN layer, and what is known of its channels.
+    """A psBN layer, and what its watched channels have put out since the last step.
 
     Attributes:
-        watched (Tensor): Channels whose outputs are looked at, bool of shape (C,).
-        proof (Tensor): For each watched channel the steps since its last sign of life, shape (C,).
-        opened (Tensor): Channels that were decayed until they gave one, bool of shape (C,).
-        restored (Tensor): Channels whose convolutions have been looked at, bool of shape (C,).
+        index (Tensor): The watched channels.
+        most (Tensor, optional): Their largest outputs.
+        most_trained (Tensor, optional): The same, in passes of the training alone.
+        passes (int): Number of forward passes.
     """
 
     def __init__(
         self,
         name: str,
-        norm: PostShiftedBatchNorm,
-        witness: Callable[[str], nn.Module | None],
-        around: Callable[[str], Around],
-        factor: float,
+        network: nn.Module,
+        witness: nn.Module,
+        steps: int,
+        rates: dict[nn.Parameter, dict],
+        failed: Callable[[Exception], None],
     ) -> None:
+        norm: Any = network.get_submodule(name)
         self.name = name
-        self._norm = norm
-        self._around = around
         self.gamma, self.bias = norm.weight, norm.bias
         self.shift = norm.shift
-        self.factor = factor
+        self.factor = decay_per_step(norm.shift, steps)
+        self._network = network
+        self._rates = [rates[self.gamma], rates[self.bias]]
         self._witness = witness
-        self.watched = torch.zeros_like(self.bias, dtype=torch.bool)
-        self.proof = torch.zeros_like(self.bias, dtype=torch.int32)
-        self.opened = torch.zeros_like(self.watched)
-        self.restored = torch.zeros_like(self.watched)
-        self._index = self.watched.nonzero().flatten()
-        self._handles: list[Any] = []
-        # Of the watched channels, which were open in a forward pass since the last step; None if
-        # there was none that could be seen.
-        self._open: Tensor | None = None
+        self._failed = failed
+        self._handle: Any = None
+        self.watch(torch.zeros_like(self.bias, dtype=torch.bool))
+
+    @property
+    def learns(self) -> bool:
+        """Whether gamma and bias are trained now, and have a learning rate."""
+        trained = self.gamma.requires_grad and self.bias.requires_grad
+        return trained and all(_learns(group, 'lr') for group in self._rates)
 
     def watch(self, channels: Tensor) -> None:
         """Look at the outputs of these channels, and of no others, from now on."""
-        self.watched = channels
-        self.restored = self.restored & channels
-        self._index = channels.nonzero().flatten()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._open = None
-        if not len(self._index):
-            return
-        self._handles.append(self.bias.register_hook(self._before_accumulation))
-        witness = self._witness(self.name)
-        if witness is not None:
-            self._handles.append(witness.register_forward_hook(self._after_forward))
+        self.index = channels.nonzero().flatten()
+        self.forget()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if len(self.index):
+            self._handle = self._witness.register_forward_hook(_Look(self))
 
-    def forget_outputs(self) -> None:
+    def forget(self) -> None:
         """Begin a new step."""
-        self._open = None
+        self.most: Tensor | None = None
+        self.most_trained: Tensor | None = None
+        self.passes = 0
 
-    def restore(self, closed: Tensor) -> None:
-        """Restore the convolutions around closed filters, once for each time they close."""
-        producer, consumers = self._around(self.name)
-        restore(self._norm, producer, consumers, closed & ~self.restored, ~self.watched)
+    def look_at(self, output: Any) -> None:
+        """Note the largest outputs of the watched channels."""
+        if in_backward():  # checkpointing runs it again
+            return
+        try:
+            if _get_current_dispatch_mode() is None:
+                most = self._most_of(output)
+            else:
+                with _disable_current_modes():  # to a RectifierTrace this is no reader
+                    most = self._most_of(output)
+            self.most = _larger(self.most, most)
+            if self._network.training:
+                self.most_trained = _larger(self.most_trained, most)
+            self.passes += 1
+        except Exception as error:
+            self._failed(error)
 
-    def _after_forward(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if _get_current_dispatch_mode() is None:
-            self._look_at(output.detach())
-        else:
-            with _disable_current_modes():  # to a RectifierTrace this is no reader
-                self._look_at(output.detach())
+    def _most_of(self, output: Any) -> Tensor:
+        if not isinstance(output, Tensor) or output.shape[1:2] != self.bias.shape:
+            # Such as the tuple that a block may return: not seen, which may be open.
+            return torch.full_like(self.index, 1, dtype=torch.float)
+        seen = output.detach().index_select(1, self.index)
+        return seen.amax([d for d in range(seen.dim()) if d != 1]).float()
 
-    def _look_at(self, output: Tensor) -> None:
-        seen = output.index_select(1, self._index)
-        # What is no number is not closed.
-        is_open = ~(seen.amax([d for d in range(seen.dim()) if d != 1]) <= 0)
-        self._open = is_open if self._open is None else self._open | is_open
 
-    def _before_accumulation(self, grad: Tensor) -> Tensor:
-        is_open = self._open
-        # None without a witness, and where its hook was not called, as in a compiled part.
-        if is_open is None:
-            is_open = torch.ones_like(self._index, dtype=torch.bool)
-        signs = is_open.to(grad.dtype) * _sign(grad.dtype)
-        return grad.index_add(0, self._index, signs)
+def _larger(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else torch.maximum(one, other)
+
+
+class _Look:
+    """The forward hook of a layer's witness. Copies of a network have none that does anything."""
+
+    def __init__(self, layer: _Layer) -> None:
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        self._layer.look_at(output)
+
+    def __reduce__(self) -> tuple:
+        return _look_away, ()
+
+
+def _look_away() -> Callable:
+    return _do_nothing
+
+
+def _do_nothing(module: nn.Module, inputs: tuple, output: Any) -> None:
+    """In place of a :class:`_Look`."""
 
 
 class _Group:
-    """The layers of one optimiser on one device."""
+    """The layers of one optimiser on one device, their channels one after another, (C,) in all.
 
-    def __init__(self, layers: list[_Layer], window: int) -> None:
+    Attributes:
+        watched (Tensor): Channels whose outputs are looked at, bool.
+        proof (Tensor): For each of them the passes since its last sign of life.
+        opened (Tensor): Channels that were decayed until they were seen open, bool.
+        kept (Tensor): gamma and beta in float32, of which those of closed channels decay, (2, C).
+        codes (Tensor, optional): Once in ``window`` steps what is to be watched: 0 where a bias
+            had no gradient, 1 where its layer had none, 2 else.
+        chosen (int): How often it was chosen what is watched.
+    """
+
+    def __init__(self, layers: list[_Layer], window: int, every: int) -> None:
         self.layers = layers
-        self.window = window
+        self.window, self._every = window, every
         self.names = [layer.name for layer in layers]
+        self.sizes = [len(layer.bias) for layer in layers]
+        self._params = [[x.gamma for x in layers], [x.bias for x in layers]]
+        ones = [torch.ones_like(layer.bias, dtype=torch.float) for layer in layers]
+        self._factor = torch.cat([one * layer.factor**every for one, layer in zip(ones, layers)])
+        self._shift = torch.cat([one * layer.shift for one, layer in zip(ones, layers)])
+        self._zeros = [torch.zeros_like(layer.bias) for layer in layers]
+        self.watched = torch.zeros_like(self._shift, dtype=torch.bool)
+        self.proof = torch.zeros_like(self._shift, dtype=torch.int32)
+        self.opened = torch.zeros_like(self.watched)
+        self.codes: Tensor | None = None
+        self.chosen = 0
         self._calls = 0
-        self.take()
+        self._is_watching = False  # the same on all ranks, even where something has failed
+        self._closed: Tensor | None = None
+        self._moved: Tensor | None = None  # biases with a gradient since it was last judged
+        self._positions: list[tuple[int, Tensor]] = []
+        self._index = self.watched.nonzero().flatten()
+        self.follow()
 
-    def take(self) -> None:
-        """Put what is known of the layers with watched channels into one vector each."""
-        self._busy = [layer for layer in self.layers if len(layer._index)]
-        if not self._busy:
-            return
-        self._sizes = [len(layer.bias) for layer in self._busy]
-        self._watched = torch.cat([layer.watched for layer in self._busy])
-        self._proof = torch.cat([layer.proof for layer in self._busy])
-        self._opened = torch.cat([layer.opened for layer in self._busy])
-        self._factor = torch.cat(
-            [torch.full_like(x.bias, x.factor, dtype=torch.float32) for x in self._busy]
-        )
+    def follow(self) -> None:
+        """Take gamma and beta from the layers, all of them."""
+        gamma, bias = (torch.cat([p.detach().float() for p in params]) for params in self._params)
+        self.kept = torch.stack([gamma, bias - self._shift])
 
-    def put_back(self) -> None:
-        """Give each layer its part of the vectors."""
-        if not self._busy:
-            return
-        parts = zip(self._proof.split(self._sizes), self._opened.split(self._sizes))
-        for layer, (proof, opened) in zip(self._busy, parts):
-            layer.proof, layer.opened = proof, opened
+    def watch(self, channels: Tensor) -> None:
+        """Look at the outputs of these channels, and of no others, from now on."""
+        parts = zip(self.layers, channels.split(self.sizes), self.watched.split(self.sizes))
+        for layer, now, before in parts:
+            if not torch.equal(now, before):
+                layer.watch(now)
+        self.proof = torch.where(channels & self.watched, self.proof, 0)
+        self.watched = channels
+        self._index = channels.nonzero().flatten()
 
-    @torch.no_grad()
-    def step(self, optimizer: Optimizer) -> None:
-        """Decay what is closed; every ``window`` steps choose what is watched."""
-        if self._busy:
-            self._decay(optimizer)
-        if self._calls % self.window == 0:
-            self._choose()
+    def note_step(self, failed: Callable[[Exception], None]) -> bool:
+        """Count a step, note which biases have a gradient, and say whether it is time to judge."""
         self._calls += 1
+        try:
+            if self._is_watching:
+                grads = [layer.bias.grad for layer in self.layers]
+                moved = [z if g is None else g for z, g in zip(self._zeros, grads)]
+                now = torch.cat(moved) != 0
+                self._moved = now if self._moved is None else self._moved | now
+        except Exception as error:
+            failed(error)
+        return (self._calls - 1) % self._every == 0
 
-    def _decay(self, optimizer: Optimizer) -> None:
-        gammas: list[Tensor] = [layer.gamma for layer in self._busy]
-        biases: list[Tensor] = [layer.bias for layer in self._busy]
-        alive = _alive(self._busy)
-        self._take_signs_away(biases)
-        found_inf = getattr(optimizer, 'found_inf', None)
-        was_closed = self._proof >= self.window
-        proof = torch.where(alive | ~self._watched, 0, self._proof + 1)
-        closed = proof >= self.window
+    def exchange_evidence(self, has_failed: bool) -> tuple[Tensor | None, Any]:
+        """What was open in the passes since the last step, and the number of each layer's passes.
+
+        Of each channel 0 if it was closed, 1 if it was open, 2 if so in training; of the layers a
+        list or, by channel, a tensor. A rank on which something has failed has seen all open.
+        """
+        if not self._is_watching:
+            return None, []
+        is_open = torch.ones_like(self.watched, dtype=torch.uint8)
+        passes = [min(layer.passes, 255) for layer in self.layers]
+        if not has_failed:
+            is_open = self._evidence()
+        if get_world_size() == 1:
+            return is_open, passes
+        both = torch.cat([is_open, is_open.new_tensor(passes)])
+        all_reduce(both, 'max')
+        sizes = torch.tensor(self.sizes, device=both.device)
+        is_open, counts = both[: len(is_open)], both[len(is_open) :].int()
+        return is_open, counts.repeat_interleave(sizes, output_size=len(is_open))
+
+    def _evidence(self) -> Tensor:
+        found = torch.zeros_like(self.watched, dtype=torch.uint8)
+        if not len(self._index):
+            return found
+        codes = self._open('most')
+        if any(layer.most_trained is not layer.most for layer in self.layers):
+            codes = codes + self._open('most_trained')
+        else:
+            codes = 2 * codes
+        return found.index_copy_(0, self._index, codes)
+
+    def _open(self, key: str) -> Tensor:
+        most = [_or_zeros(getattr(layer, key), layer.index) for layer in self.layers]
+        return (~(torch.cat(most) <= 0)).byte()  # what is no number is not closed
+
+    def exchange_gradients(self, has_failed: bool) -> bool:
+        """Once in ``window`` steps, which biases have a gradient, and whether a rank has failed."""
+        self.codes = None
+        if (self._calls - 1) % self.window:
+            return False
+        grads = [layer.bias.grad for layer in self.layers]
+        parts = [
+            torch.ones_like(x.bias, dtype=torch.uint8) if g is None else 2 * (g != 0).byte()
+            for x, g in zip(self.layers, grads)
+        ]
+        codes = torch.cat([*parts, torch.full_like(parts[0][:1], has_failed)])
+        if get_world_size() > 1:
+            all_reduce(codes, 'max')
+            has_failed = bool(codes[-1])
+        self.codes = codes[:-1]
+        again = self._is_watching and bool((self.codes == 1).any())
+        self._is_watching = again or bool((self.codes == 0).any())
+        return has_failed
+
+    def judge(self, is_open: Tensor | None, passes: Any, found_inf: Tensor | None) -> None:
+        """Count the passes since the last sign of life, and find what is closed."""
+        if is_open is None:
+            return
+        self.opened |= (is_open == 2) & (self.proof >= self.window)
+        if isinstance(passes, Tensor):
+            self.proof += passes
+        elif len(set(passes)) == 1:
+            self.proof += passes[0]
+        else:
+            torch._foreach_add_(list(self.proof.split(self.sizes)), passes)
+        living = (is_open > 0) | ~self.watched
+        living = living if self._moved is None else living | self._moved
+        self.proof.masked_fill_(living, 0)
+        self._moved = None
+        self._closed = self.proof >= self.window
+        if not all(layer.learns for layer in self.layers):
+            learn = [torch.full_like(z, layer.learns) for z, layer in zip(self._zeros, self.layers)]
+            self._closed &= torch.cat(learn) > 0
         if found_inf is not None:  # of a fused optimiser, which skips the step by itself
-            skips = found_inf.to(alive.device) != 0
-            proof, closed = torch.where(skips, self._proof, proof), closed & ~skips
-        self._proof = proof
-        self._opened = self._opened | (was_closed & (proof == 0))
-        factor = torch.where(closed, self._factor, 1)
-        _multiply(gammas, factor.split(self._sizes))
-        betas = list(torch._foreach_sub(biases, [layer.shift for layer in self._busy]))
-        _multiply(betas, (1 - factor).split(self._sizes))
-        torch._foreach_sub_(biases, betas)  # nothing changes where the factor is 1
-        moving = (~closed).float().split(self._sizes)
+            self._closed &= found_inf.to(self._closed.device) == 0
+        for layer in self.layers:
+            layer.forget()
+
+    def clear_moments(self, optimizer: Optimizer) -> None:
+        """Set averages of gradients to 0 for what is closed, once in ``window`` steps.
+
+        In between only weight decay adds to them, and gamma and beta do not follow them.
+        """
+        if self._closed is None or self.codes is None:
+            return
+        self._positions = [
+            (number, state)
+            for number, param in enumerate(itertools.chain(*self._params))
+            for key, state in optimizer.state.get(param, {}).items()
+            if key in _POSITIONS and isinstance(state, Tensor) and state.shape == param.shape
+        ]
+        moving = (~self._closed).float().split(self.sizes)
         moments = [
             (state, part)
-            for params in (gammas, biases)
+            for params in self._params
             for param, part in zip(params, moving)
             for key, state in optimizer.state.get(param, {}).items()
-            if isinstance(state, Tensor) and state.shape == param.shape and key not in _KEPT
+            if key in _MOMENTS and isinstance(state, Tensor) and state.shape == param.shape
         ]
-        _multiply([state for state, _ in moments], [part for _, part in moments])
-        for layer in self._busy:
-            layer.forget_outputs()
+        if moments:
+            states = [state for state, _ in moments]
+            torch._foreach_mul_(states, [part.to(state.dtype) for state, part in moments])
 
-    def _take_signs_away(self, biases: list[Tensor]) -> None:
-        """Leave only what is to be trained by in the gradients."""
-        grads = [torch.zeros_like(b) if b.grad is None else b.grad for b in biases]
-        tiny = torch.cat([grad.float() for grad in grads]).abs() <= 1000 * _sign(grads[0].dtype)
-        _multiply(grads, (~(tiny & self._watched)).float().split(self._sizes))
+    def decay(self) -> None:
+        """Set gamma and beta of closed channels to what was decayed, whatever the step did."""
+        closed, self._closed = self._closed, None
+        if closed is None:
+            return
+        gamma, bias = (torch.cat([p.detach() for p in params]) for params in self._params)
+        now = torch.stack([gamma.float(), bias.float() - self._shift])
+        self.kept = torch.where(closed, self.kept * self._factor, now)
+        moves = []
+        for params, old, new in zip(
+            self._params, (gamma, bias), (self.kept[0], self.kept[1] + self._shift)
+        ):
+            new = torch.where(closed, new.to(old.dtype), old)
+            torch.split_with_sizes_copy(new, self.sizes, out=[p.detach() for p in params])
+            if self._positions:
+                moves += (new - old).split(self.sizes)
+        for number, state in self._positions:
+            state += moves[number]
 
-    def _choose(self) -> None:
-        """Watch the filters without gradient, where the layer has any."""
-        self.put_back()
-        self._restore()
-        lifeless = ~_alive(self.layers)
-        for layer, watched in zip(self.layers, lifeless.split([len(x.bias) for x in self.layers])):
-            layer.proof = torch.where(watched & layer.watched, layer.proof, 0)
-            layer.watch(watched)
-        self.take()
-
-    def _restore(self) -> None:
-        closed = [layer.proof >= self.window for layer in self._busy]
-        if closed:
-            new = [(now & ~layer.restored).any() for now, layer in zip(closed, self._busy)]
-            for layer, now, is_new in zip(self._busy, closed, torch.stack(new).tolist()):
-                if is_new:
-                    layer.restore(now)
-                layer.restored = now
+    def choose(self) -> None:
+        """Watch the filters without gradient, if it is time."""
+        codes, self.codes = self.codes, None
+        if codes is not None:
+            self.watch((codes == 0) | (self.watched & (codes == 1)))
+            self.chosen += 1
 
     def state_dict(self) -> dict[str, Any]:
-        self.put_back()
         return {
             'layers': self.names,
             'calls': self._calls,
-            'watched': [layer.watched.cpu() for layer in self.layers],
-            'proof': [layer.proof.cpu() for layer in self.layers],
-            'restored': [layer.restored.cpu() for layer in self.layers],
+            'watching': self._is_watching,
+            # Since it was last judged.
+            'passes': [layer.passes for layer in self.layers],
+            'open': self._evidence().cpu(),
+            'moved': (~self.watched if self._moved is None else self._moved).cpu(),
+            **{key: getattr(self, key).cpu() for key in ('watched', 'proof', 'kept')},
         }
 
     def check(self, state: dict[str, Any]) -> None:
         """Refuse another group's, before any of it is taken over."""
-        for kind in ('watched', 'proof', *(['restored'] if 'restored' in state else [])):
-            now = [getattr(layer, kind) for layer in self.layers]
-            if [(x.shape, x.dtype) for x in state[kind]] != [(x.shape, x.dtype) for x in now]:
+        for key in ('watched', 'proof', 'kept', 'moved'):
+            now = self.watched if key == 'moved' else getattr(self, key)
+            if (state[key].shape, state[key].dtype) != (now.shape, now.dtype):
                 raise ValueError('it is of other channels')
-        if not isinstance(state['calls'], int):
+        if not isinstance(state['calls'], int) or not isinstance(state['watching'], bool):
             raise ValueError('it has no number of calls')
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._calls = state['calls']
-        for layer, watched, proof in zip(self.layers, state['watched'], state['proof']):
-            layer.proof = proof.to(layer.proof.device)
-            layer.watch(watched.to(layer.watched.device))
-        # Checkpoints of earlier versions lack it: theirs are looked at once more.
-        for layer, restored in zip(self.layers, state.get('restored', ())):
-            layer.restored = restored.to(layer.restored.device)
-        self.take()
+        device = self.proof.device
+        self._calls, self._is_watching = state['calls'], state['watching']
+        self.watch(state['watched'].to(device))
+        self.proof, self.kept = state['proof'].to(device), state['kept'].to(device)
+        self._moved = state['moved'].to(device)
+        parts = zip(self.layers, state['passes'], state['open'].to(device).split(self.sizes))
+        for layer, passes, code in parts:
+            if passes and len(layer.index):
+                layer.passes = passes
+                code = code.index_select(0, layer.index)
+                layer.most, layer.most_trained = (code > 0).float(), (code == 2).float()
 
 
-def _alive(layers: Sequence[_Layer]) -> Tensor:
-    """Which channels of some layers give a sign of life, or could not have given one."""
-
-    def moved(grads: Iterable[Tensor | None]) -> Tensor:
-        filled = [torch.ones_like(x.bias) if g is None else g for x, g in zip(layers, grads)]
-        return torch.cat([grad.float() for grad in filled]) != 0
-
-    return moved(x.gamma.grad for x in layers) | moved(x.bias.grad for x in layers)
+def _or_zeros(most: Tensor | None, index: Tensor) -> Tensor:
+    return torch.zeros_like(index, dtype=torch.float) if most is None else most
 
 
-def _multiply(tensors: list[Tensor], factors: Iterable[Tensor]) -> None:
-    """In place, with few kernels for all of them."""
-    if tensors:
-        likes = [factor.to(tensor.dtype) for tensor, factor in zip(tensors, factors)]
-        torch._foreach_mul_(tensors, likes)
-
-
-def _sign(dtype: torch.dtype) -> float:
-    """The number that says 'open' in a gradient: float16 holds nothing as small as others do."""
-    return max(OPEN, torch.finfo(dtype).tiny * 2**-10)
+def _learns(group: dict, key: str) -> bool:
+    """Whether a parameter group has a learning rate; one that is a tensor is not read."""
+    rate = group.get(key, group['lr'])
+    return isinstance(rate, Tensor) or rate != 0

@@ -28,88 +28,82 @@ LOST = 0.1  # of the usual norm; below it weights have decayed, above it they on
 
 @torch.no_grad()
 def restore(
-    norm: nn.Module,
-    producer: nn.Module | None,
-    consumers: Sequence[nn.Module],
+    networks: Sequence[Mapping[str, nn.Module]],
+    layer: str,
+    producer: str | None,
+    consumers: Sequence[str],
     closed: Tensor,
     alive: Tensor,
 ) -> None:
     """Multiply decayed weights of closed filters, in place, to the usual norm in their layer.
 
     Weights are decayed if their Euclidean norm is below a tenth of the median over filters that
-    are alive. Frozen convolutions are left as they are.
+    are alive.
 
     Args:
-        norm (nn.Module): The BN or psBN layer, whose output goes into ReLUs alone.
-        producer (nn.Module, optional): The convolution that feeds it, and nothing else.
-        consumers (Sequence[nn.Module]): Convolutions that read what the ReLU returns, and nothing
-            else.
+        networks (Sequence[Mapping[str, nn.Module]]): The network's modules by name, and those of
+            copies such as its averages, which get the same factors.
+        layer (str): The BN or psBN layer, whose output goes into ReLUs alone.
+        producer (str, optional): The convolution that feeds it, and nothing else.
+        consumers (Sequence[str]): Convolutions that read what the ReLU returns, and nothing else.
         closed (Tensor): The filters that are closed, bool of shape (C,).
         alive (Tensor): Those that are not, bool of shape (C,).
     """
-    if producer is not None and _trained(producer):
-        restore_own(
-            norm._parameters | norm._buffers,
-            producer._parameters,
-            closed & (cast(Tensor, norm.bias) <= 0),
-            alive,
-        )
+    if producer is not None:
+        norm, conv = networks[0][layer], networks[0][producer]
+        held = closed & (cast(Tensor, norm.bias) <= 0)
+        factor = lost_factor(cast(Tensor, conv.weight), 0, held, alive)
+        for modules in (m for m in networks if layer in m and producer in m):
+            norm = modules[layer]
+            restore_own(norm._parameters | norm._buffers, modules[producer]._parameters, factor)
     for consumer in consumers:
-        if _trained(consumer):
-            restore_reader(cast(Tensor, consumer.weight), closed, alive)
+        weight = cast(Tensor, networks[0][consumer].weight)
+        dim = reading_dim(weight, len(closed))
+        if dim is not None:
+            factor = lost_factor(weight, dim, closed, alive)
+            for modules in (m for m in networks if consumer in m):
+                multiply(cast(Tensor, modules[consumer].weight), dim, factor)
 
 
 def restore_own(
-    norm: Mapping[str, Tensor | None],
-    producer: Mapping[str, Tensor | None],
-    closed: Tensor,
-    alive: Tensor,
+    norm: Mapping[str, Tensor | None], producer: Mapping[str, Tensor | None], factor: Tensor
 ) -> None:
-    """Multiply the weights of closed filters, and what else keeps gamma * xhat from growing.
+    """Multiply a convolution's weights, and what else keeps gamma * xhat from growing, in place.
 
     Args:
-        norm (Mapping[str, Tensor | None]): Entries of the layer's state dict, changed in place.
-        producer (Mapping[str, Tensor | None]): 'weight' and 'bias', changed in place.
-        closed (Tensor): The filters that are closed, bool of shape (C,).
-        alive (Tensor): Those that are not, bool of shape (C,).
+        norm (Mapping[str, Tensor | None]): Entries of the layer's state dict.
+        producer (Mapping[str, Tensor | None]): 'weight' and 'bias' of the convolution.
+        factor (Tensor): For each filter, shape (C,).
     """
-    weight, gamma = producer['weight'], norm['weight']
-    if weight is None or gamma is None or weight.shape[0] != len(closed):
-        return
-    factor = _grow(weight, 0, closed, alive)
-    gamma.div_(factor)
+    multiply(producer['weight'], 0, factor)
+    multiply(norm['weight'], 0, 1 / factor)
     mean, var = norm.get('running_mean'), norm.get('running_var')
     for values in (producer.get('bias'), mean, var, var):
-        if values is not None:
-            values.mul_(factor)
+        multiply(values, 0, factor)
 
 
-def restore_reader(weight: Tensor, closed: Tensor, alive: Tensor) -> None:
-    """Multiply the weights by which a convolution reads closed filters.
+def reading_dim(weight: Tensor, channels: int) -> int | None:
+    """Along which dimension of a convolution's weight (O, I, ...) it reads its input channels.
 
-    Args:
-        weight (Tensor): The convolution's, of shape (O, I, ...), changed in place.
-        closed (Tensor): The filters that are closed, bool of shape (C,).
-        alive (Tensor): Those that are not, bool of shape (C,).
+    0 for a depthwise one, else 1; None if the input is not read channel by channel, as in groups.
     """
-    # One filter is read by one of a depthwise convolution's, or by a part of all.
-    depthwise = weight.shape[0] == len(closed) and weight.shape[1] == 1
-    if depthwise or weight.shape[1] == len(closed):
-        _grow(weight, 0 if depthwise else 1, closed, alive)
+    if weight.shape[0] == channels and weight.shape[1] == 1:
+        return 0
+    return 1 if weight.shape[1] == channels else None
 
 
-def _trained(module: nn.Module) -> bool:
-    return type(module) in CONVOLUTIONS and cast(Tensor, module.weight).requires_grad
-
-
-def _grow(weight: Tensor, dim: int, closed: Tensor, alive: Tensor) -> Tensor:
-    """Multiply the parts of a weight along a dimension, and return by what, shape (C,)."""
+def lost_factor(weight: Tensor, dim: int, closed: Tensor, alive: Tensor) -> Tensor:
+    """By what the parts of a weight along a dimension have lost, 1 for most, shape (C,)."""
     sizes = weight.transpose(0, dim).flatten(1).float().norm(dim=1)
-    factor = torch.ones_like(sizes)
-    if alive.any():
-        usual = sizes[alive].median()
-        lost = closed & (sizes < LOST * usual) & (sizes > 0)
-        factor = torch.where(lost, usual / sizes, factor)
-        shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-        weight.mul_(factor.view(shape).to(weight.dtype))
-    return factor
+    if len(sizes) != len(closed) or not alive.any():
+        return torch.ones_like(closed, dtype=torch.float)
+    usual = sizes[alive].median()
+    lost = closed & (sizes < LOST * usual) & (sizes > 0)
+    return torch.where(lost, usual / sizes, 1.0)
+
+
+def multiply(values: Tensor | None, dim: int, factor: Tensor) -> None:
+    """Multiply the parts of a tensor along a dimension, in place."""
+    if values is not None:
+        shape = [-1 if d == dim else 1 for d in range(values.dim())]
+        values.mul_(factor.to(values).view(shape))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..layers import entry_key, find_norm_states, rectifier_closed
-from .restore import restore_own, restore_reader
-from .trace import Structure
+from .restore import lost_factor, multiply, reading_dim, restore_own
+from .structure import Structure
 
 # What the bias is set to. Nearer to 0 half of the filters close again in the first steps, and a
 # larger one changes more of what the network computes (docs/checkpoints.md).
@@ -66,9 +66,10 @@ def revive(
         if name in structure.producers:
             producer = entries(structure.producers[name], 'weight', 'bias')
             if 'weight' in producer:
-                restore_own(norm, producer, closed, ~closed)
+                restore_own(norm, producer, lost_factor(producer['weight'], 0, closed, ~closed))
         for consumer in structure.consumers.get(name, []):
             reader = entries(consumer, 'weight')
-            if reader:
-                restore_reader(reader['weight'], closed, ~closed)
+            dim = reading_dim(reader['weight'], len(closed)) if reader else None
+            if dim is not None:
+                multiply(reader['weight'], dim, lost_factor(reader['weight'], dim, closed, ~closed))
     return new, opened

@@ -21,6 +21,7 @@ from ..collapse import (
     census_of_model,
     check_thresholds,
     find_norms,
+    watch_steps,
 )
 from ..forecast import Schedule, make_forecast, read_schedule
 from ..layers import PostShiftedBatchNorm
@@ -224,11 +225,11 @@ class CollapseHook(Hook):
                 'iterations of a compiled model uncompiled, so what follows a BN is not seen.'
             )
             return None
-        return StepTrace(runner.model, self._model)
+        return watch_steps(runner.model, self._model)
 
     def _end_trace(self, runner: Runner, trace: StepTrace) -> None:
         self._trace = None
-        self._rectifiers = trace.rectifiers
+        self._rectifiers = trace.structure.rectifiers
         if trace.failure is not None:
             runner.logger.warning(
                 'CollapseHook: what follows a BN could not be watched to the end, the training '
@@ -255,7 +256,7 @@ class CollapseHook(Hook):
 
     def _report(self, runner: Runner, watch: GradientWatch) -> None:
         if self._trace is not None:
-            self._rectifiers = self._trace.rectifiers
+            self._rectifiers = self._trace.structure.rectifiers
         steps, self._steps = watch.steps - self._steps, watch.steps
         trapped = watch.trapped(self.window) if steps else {}
         now = self._census()

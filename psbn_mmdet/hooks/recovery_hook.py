@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from mmengine.dist import all_gather_object, get_world_size
+from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
+from mmengine.model import BaseAveragedModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..collapse import Recovery, StepTrace, find_norms
+from ..collapse import Recovery, StepTrace, Structure, find_norms, watch_steps
 from ..layers import PostShiftedBatchNorm
 from .refusals import is_count, optimizers_of, refuse_model, unwrapped
 from .weight_decay import unstepped_warning
@@ -28,20 +31,21 @@ class RecoveryHook(Hook):
     no influence, so they may be decayed at any rate; this hook does it in the time that the
     training has. What is closed, how it is known, and why the network computes the same until the
     filter opens is said in :mod:`psbn_mmdet.collapse.recovery`. Filters in layers that feed
-    anything but ReLUs are left alone, and so are those that are open without a gradient.
+    anything but ReLUs are left alone, and so are those without a learning rate.
 
-    The convolution that feeds a closed filter, and those that read it, have often decayed as well.
-    They get their size back while the filter is closed (:mod:`psbn_mmdet.collapse.restore`).
+    The convolution that feeds a filter which came closed with the loaded weights, and those that
+    read it, have often decayed as well. They get their size back once, at the start, in the network
+    and in its averages (:mod:`psbn_mmdet.collapse.restore`).
 
     It works under any optimiser, with automatic mixed precision, accumulation, gradient
-    checkpointing, averages and DistributedDataParallel: all ranks do the same, without a
-    collective but for one at the start and one in the first iteration. Its state is in the
-    checkpoints: a resumed run goes on where it was.
+    checkpointing, averages and DistributedDataParallel, where all ranks do the same. Its state is
+    in the checkpoints: a resumed run goes on where it was. Whatever fails in it is one warning, and
+    it is off; the training goes on.
 
     Args:
         steps (int): Within how many optimiser steps a filter with beta = -1 opens. One with
             beta = -10 takes twice as many. Defaults to 500.
-        window (int): Optimiser steps without a sign of life before a filter is decayed.
+        window (int): Forward passes without a sign of life before a filter is decayed.
             Defaults to 10.
 
     Raises:
@@ -51,8 +55,6 @@ class RecoveryHook(Hook):
         >>> custom_hooks = [dict(type='CollapseHook'), dict(type='RecoveryHook', steps=500)]
     """
 
-    priority = 'ABOVE_NORMAL'  # its traces in gradients are gone before the CollapseHook reads them
-
     def __init__(self, steps: int = 500, window: int = 10) -> None:
         for name, value in (('steps', steps), ('window', window)):
             if not is_count(value):
@@ -61,13 +63,12 @@ class RecoveryHook(Hook):
         self.window = window
         self._recovery: Recovery | None = None
         self._trace: StepTrace | None = None
-        self._witnesses: dict[str, str] = {}
-        # By layer, what all ranks know of the convolution before it and of those behind it.
-        self._producers: dict[str, str] = {}
-        self._consumers: dict[str, list[str]] = {}
+        self._structure = Structure()
         self._saved: Any = None  # what a checkpoint had
-        self._opened: dict[str, Tensor] = {}  # since they were last asked for
-        self._count = 0  # opened in this epoch
+        # Opened filters: since they were last asked for, in this epoch, in this training.
+        self._opened: dict[str, Tensor] = {}
+        self._of_epoch: dict[str, Tensor] = {}
+        self._ever: dict[str, Tensor] = {}
 
     def before_run(self, runner: Runner) -> None:
         """Refuse what cannot work, before time is spent on it."""
@@ -85,94 +86,92 @@ class RecoveryHook(Hook):
         self._saved = checkpoint.get(STATE)
 
     def before_train(self, runner: Runner) -> None:
-        """Attach to the optimisers, on every rank."""
+        """Watch the first steps for what stands around the layers, on every rank."""
+        self._recovery, self._structure = None, Structure()
+        self._is_new = runner.iter == 0
+        self._opened, self._of_epoch, self._ever = {}, {}, {}
         if runner.cfg.get('compile'):
             runner.logger.warning(
                 'RecoveryHook: no filter is recovered, since what layers put out cannot be seen in '
                 'a compiled model: remove compile from the config.'
             )
             return
-        model = unwrapped(runner.model)
-        norms = {
-            name: norm
-            for name, norm in find_norms(model).items()
-            if isinstance(norm, PostShiftedBatchNorm)
-        }
-
-        def failed(error: Exception) -> None:
-            if get_world_size() > 1:
-                raise error  # ranks that no longer do the same are worse than none
-            runner.logger.warning(
-                f'RecoveryHook: off from iteration {runner.iter + 1} on, the training goes on. '
-                f'Cause: {type(error).__name__}: {error}'
-            )
-
-        self._network = model
-        self._witnesses, self._producers, self._consumers = {}, {}, {}
-        self._agreed = False
+        self._network = unwrapped(runner.model)
+        norms = find_norms(self._network)
+        psbn = {name: x for name, x in norms.items() if isinstance(x, PostShiftedBatchNorm)}
         optimizers = optimizers_of(runner)
-        self._recovery = Recovery(
-            optimizers,
-            norms,
-            self._witness,
-            self.steps,
-            self.window,
-            self._around,
-            failed,
-        )
-        warning = unstepped_warning(norms, optimizers)
+        warning = unstepped_warning(psbn, optimizers)
         if warning:
             runner.logger.warning(warning)
-        if not self._recovery.layers:
+        own = {p for o in optimizers for group in o.param_groups for p in group['params']}
+        if not any(norm.weight in own and norm.bias in own for norm in psbn.values()):
             runner.logger.warning(
                 'RecoveryHook: no optimiser trains gamma and bias of a psBN layer: nothing can be '
                 'recovered.'
             )
+            return
         if runner.iter > 0 and self._saved is not None:
-            try:
-                self._witnesses = dict(self._saved['witnesses'])
-                self._producers = dict(self._saved['producers'])
-                self._consumers = dict(self._saved['consumers'])
-                self._recovery.load_state_dict(self._saved['channels'])
-                self._opened = dict(self._saved.get('opened', {}))  # not in earlier versions'
-                self._agreed = True
-            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-                runner.logger.warning(
-                    f'RecoveryHook: what the checkpoint has of it is not taken over ({error}): its '
-                    'evidence is gathered anew.'
-                )
+            self._go_on(runner)
         self._saved = None
-        self._trace = StepTrace(runner.model, model)
+        if self._recovery is None:
+            self._trace = watch_steps(runner.model, self._network)
 
-    def _witness(self, name: str) -> nn.Module | None:
-        known = self._witnesses if self._trace is None else self._trace.witnesses
-        found = known.get(name) or self._witnesses.get(name)
-        return None if found is None else self._network.get_submodule(found)
+    def _go_on(self, runner: Runner) -> None:
+        """Take over what the checkpoint has."""
+        try:
+            structure = Structure(**self._saved['structure'])
+            recovery = self._start(runner, structure)
+            recovery.load_state_dict(self._saved['channels'])
+            self._opened, self._ever = (dict(self._saved[key]) for key in ('opened', 'ever'))
+            self._structure, self._recovery = structure, recovery
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            runner.logger.warning(
+                f'RecoveryHook: what the checkpoint has of it is not taken over ({error}): its '
+                'evidence is gathered anew.'
+            )
 
-    def _around(self, name: str) -> tuple[nn.Module | None, list[nn.Module]]:
-        producer = self._producers.get(name)
-        get = self._network.get_submodule
-        consumers = [get(consumer) for consumer in self._consumers.get(name, [])]
-        return None if producer is None else get(producer), consumers
+    def _start(self, runner: Runner, structure: Structure) -> Recovery:
+        def failed(error: Exception | None) -> None:
+            cause = f'{type(error).__name__}: {error}' if error else 'another rank has failed'
+            runner.logger.warning(
+                f'RecoveryHook: off from iteration {runner.iter + 1} on, the training goes on. '
+                f'Cause: {cause}'
+            )
 
-    def _agree(self, trace: StepTrace) -> None:
-        """Keep what all ranks have seen of the convolutions around the layers."""
-        producers = all_gather_object(trace.producers)
-        consumers = all_gather_object(trace.consumers)
-        self._producers, self._consumers = _shared(producers), _shared(consumers)
+        return Recovery(
+            self._network,
+            optimizers_of(runner),
+            structure,
+            self.steps,
+            self.window,
+            failed,
+            (lambda: _copies(runner, self._network)) if self._is_new else None,
+        )
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """End the watching of what follows the layers, and a recovery that has failed."""
-        if self._recovery is not None and self._recovery.ended:
+        """Start when all ranks know what stands around the layers."""
+        if self._trace is not None:
+            found = all_gather_object((self._trace.active, self._trace.structure))
+            if not any(active for active, _ in found):
+                (_, first), *others = found
+                self._structure = first.shared([structure for _, structure in others])
+                self._recovery = self._start(runner, self._structure)
+                self._trace = None
+                self._tell_of_kept(runner)
+        elif self._recovery is not None and self._recovery.ended:
             self._recovery.close()
             self._recovery = None
-        if self._trace is not None and not self._agreed:
-            self._agree(self._trace)
-            self._agreed = True
-        if self._trace is not None and not self._trace.active:
-            self._witnesses, self._trace = self._trace.witnesses, None
+
+    def _tell_of_kept(self, runner: Runner) -> None:
+        kept = self._structure.kept
+        if kept:
+            runner.logger.info(
+                f'RecoveryHook: {len(kept)} convolutions next to psBN layers keep their weights, '
+                'which are computed from others, or used elsewhere, too: '
+                f'{", ".join(kept)}.'
+            )
 
     def take_opened(self) -> dict[str, np.ndarray]:
         """Channels that were decayed until they opened, since this was last called.
@@ -188,32 +187,33 @@ class RecoveryHook(Hook):
         if self._recovery is None:
             return
         for name, mask in self._recovery.opened().items():
-            self._opened[name] = self._opened[name] | mask if name in self._opened else mask
-            self._count += int(mask.sum())
+            for masks in (self._opened, self._of_epoch, self._ever):
+                masks[name] = masks[name] | mask if name in masks else mask
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Say what was opened."""
         if self._recovery is None:
             return
         self._gather()
-        decayed = sum(int(mask.sum()) for mask in self._recovery.decayed().values())
-        if self._count or decayed:
+        decayed = self._recovery.decayed()
+        opened, ever = _count(self._of_epoch), _count(self._ever)
+        again = sum(int((mask & decayed[name]).sum()) for name, mask in self._ever.items())
+        if opened or any(mask.any() for mask in decayed.values()):
             runner.logger.info(
-                f'RecoveryHook: {self._count} closed filters were opened in this epoch, {decayed} '
-                'are being decayed.'
+                f'RecoveryHook: {opened} closed filters were opened in this epoch, {ever} so far, '
+                f'of which {again} are closed again; {_count(decayed)} are being decayed.'
             )
-        self._count = 0
+        self._of_epoch = {}
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Let a resumed run go on from here."""
         if self._recovery is not None:
             self._gather()
             checkpoint[STATE] = {
-                'witnesses': self._witnesses if self._trace is None else self._trace.witnesses,
-                'producers': self._producers,
-                'consumers': self._consumers,
+                'structure': asdict(self._structure),
                 'channels': self._recovery.state_dict(),
                 'opened': dict(self._opened),  # that no report has had yet
+                'ever': dict(self._ever),
             }
 
     def after_train(self, runner: Runner) -> None:
@@ -226,7 +226,15 @@ class RecoveryHook(Hook):
             self._trace = None
 
 
-def _shared(dicts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The items that all have."""
-    first, *others = dicts
-    return {key: v for key, v in first.items() if all(o.get(key) == v for o in others)}
+def _count(masks: Mapping[str, Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def _copies(runner: Runner, network: nn.Module) -> list[dict[str, nn.Module]]:
+    """The averaged copies of a network: their modules by the network's names."""
+    averages = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
+    copies = [dict(x.module.named_modules()) for x in averages if isinstance(x, BaseAveragedModel)]
+    student, teacher = (getattr(network, name, None) for name in ('student', 'teacher'))
+    if isinstance(student, nn.Module) and isinstance(teacher, nn.Module):
+        copies.append({f'student.{name}': x for name, x in teacher.named_modules()})
+    return copies

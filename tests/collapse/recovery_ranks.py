@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from psbn_mmdet.collapse import Recovery, trace_rectifiers
+from psbn_mmdet.collapse import Recovery, trace_structure
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
 STEPS = 60
@@ -37,33 +37,49 @@ def main(rank: int, folder: Path) -> None:
     generator = torch.Generator().manual_seed(rank)
     images = torch.rand(4, 3, 5, 5, generator=generator)
     images[:, 0] = 5.0 * rank
-    assert trace_rectifiers(net, images) == {'1': 'relu'}
+    structure = trace_structure(net, images)
+    assert structure.rectifiers == {'1': 'relu'}
     model = DistributedDataParallel(net, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
-    def failed(error: Exception) -> None:
-        raise error
+    errors = []
 
-    recovery = Recovery(
-        [optimizer], {'1': norm}, {'1': norm}.get, 20, 3, lambda _: (net[0], [net[3]]), failed
-    )
-    collectives, wait = [], dist.barrier
-    for name in ('all_reduce', 'broadcast', 'all_gather', 'barrier', 'all_gather_object'):
-        setattr(dist, name, lambda *args, _name=name, **kwargs: collectives.append(_name))
+    def failed(error: Exception | None) -> None:
+        errors.append(f'{type(error).__name__}: {error}' if error else 'None')
+
+    recovery = Recovery(net, [optimizer], structure, 20, 3, failed, list)
+    collectives, reduce = [], dist.all_reduce
+
+    def counted(*args, **kwargs):
+        collectives.append(args[0].numel())
+        return reduce(*args, **kwargs)
+
+    dist.all_reduce = counted
     for _ in range(STEPS):
         optimizer.zero_grad()
         model(images).square().mean().backward()
         optimizer.step()
+    opened = recovery.opened()['1']
+    ended = [recovery.ended]
+    if rank == 0:
+        recovery._fail(RuntimeError('on this rank'))
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+    ended.append(recovery.ended)
     with torch.no_grad():
         is_open = net[:3](images).amax((0, 2, 3)) > 0
     content = dict(
         state=net.state_dict(),
-        opened=recovery.opened()['1'],
+        opened=opened,
         is_open=is_open,
         collectives=collectives,
+        ended=ended,
+        errors=errors,
     )
     torch.save(content, folder / f'rank_{rank}.pth')
-    wait()
+    dist.barrier()
     os._exit(0)  # gloo's threads now and then abort an exit of the interpreter
 
 

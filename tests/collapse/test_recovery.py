@@ -1,5 +1,6 @@
 """Recovery of closed filters: what is decayed, what is not, and what the network computes."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -11,12 +12,22 @@ from limits import HANG
 from torch import nn
 from torch.nn import functional as F
 
-from psbn_mmdet.collapse import Recovery, RectifierTrace, decay_per_step, trace_rectifiers
+from psbn_mmdet.collapse import Recovery, Structure, decay_per_step, trace_structure
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
 # gamma and beta of closed filters: dead, vanished and closed, turned around, deep, at rest.
 CLOSED = {1: (0.05, -0.6), 2: (0.0, -0.3), 4: (-0.1, -0.8), 5: (0.5, -4.0), 7: (0.0, -0.11)}
 DEPTH = {2: 0.3, 7: 0.11}  # where gamma is 0, what the decay has to overcome
+
+
+class Still(torch.optim.SGD):
+    """Has a learning rate, and changes nothing."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=1.0)
+
+    def step(self, closure=None):
+        pass
 
 
 class Net(nn.Module):
@@ -45,23 +56,12 @@ class Net(nn.Module):
         return self.head(y.mean((2, 3))) if self.uses_head else x.mean((2, 3))
 
 
-def recovery_of(net, optimizer, steps=50, window=3, witnesses=None, failed=None, around=None):
-    norms = {n: m for n, m in net.named_modules() if isinstance(m, PostShiftedBatchNorm2d)}
-    known = dict(net.named_modules())
-    found = witnesses_of(net) if witnesses is None else witnesses
-
+def recovery_of(net, optimizer, steps=50, window=3, structure=None, failed=None, copies=None):
     def fail(error):
         raise error
 
-    def witness(name):
-        return known.get(found.get(name))
-
-    around = around or (lambda name: (None, []))
-    return Recovery([optimizer], norms, witness, steps, window, around, failed or fail)
-
-
-def witnesses_of(net):
-    return {name: name for name, kind in trace_rectifiers(net, images()).items() if kind == 'relu'}
+    structure = trace_structure(net, images()) if structure is None else structure
+    return Recovery(net, [optimizer], structure, steps, window, failed or fail, copies)
 
 
 def images():
@@ -83,7 +83,7 @@ def test_outputs_are_the_same_bit_for_bit_until_a_filter_opens(act, norm_eval):
     for norm in (net.bn1, net.bn2, net.bn3, net.bn4):
         norm.train(not norm_eval)
         norm.momentum = 0.0
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    optimizer = Still(net.parameters())
     recovery = recovery_of(net, optimizer)
     before, opened, bits = step(net, optimizer, x), {}, 0
     for number in range(400):
@@ -103,10 +103,10 @@ def test_outputs_are_the_same_bit_for_bit_until_a_filter_opens(act, norm_eval):
                 assert not any(moved[c] for c in range(8) if c not in CLOSED)
             else:
                 assert not moved.any(), f'{name} is not of a closed filter before a ReLU'
-    assert opened.keys() == CLOSED.keys() and bits > 3
+    assert opened.keys() == CLOSED.keys() and bits >= 3
     told = recovery.opened()
     assert torch.equal(told['bn1'].nonzero().flatten(), torch.tensor(list(CLOSED)))
-    assert not told['bn2'].any() and not told['bn3'].any()
+    assert told.keys() == {'bn1', 'bn4'}, 'the others feed more than ReLUs'
     for channel, beta in DEPTH.items():
         needed = math.log(0.1 / beta) / math.log(decay_per_step(0.1, 50))
         # It is watched from the first step on, and decayed after three more.
@@ -122,7 +122,7 @@ def test_a_filter_with_beta_of_minus_1_opens_in_as_many_steps_as_are_given():
 
 def test_filters_that_are_open_without_a_gradient_are_left_alone():
     net, x = Net(), images()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    optimizer = Still(net.parameters())
     recovery_of(net, optimizer, window=2)
     start = {n: p.detach().clone() for n, p in net.bn4.named_parameters()}
 
@@ -138,24 +138,166 @@ def test_filters_that_are_open_without_a_gradient_are_left_alone():
     for name, value in net.bn4.named_parameters():
         assert torch.equal(value[kept], start[name][kept])
         assert not torch.equal(value[list(CLOSED)], start[name][list(CLOSED)])
-        assert value.grad[[0, 6]].abs().max() == 0, 'the sign is gone before the step'
 
 
-def test_a_layer_without_gradients_gives_no_evidence():
+def test_a_layer_that_does_not_run_says_neither_life_nor_death():
     net, x = Net(), images()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    recovery_of(net, optimizer, window=2)
+    optimizer = Still(net.parameters())
+    recovery = recovery_of(net, optimizer, window=4)
     start = net.bn4.bias.detach().clone()
-    for number in range(40):
-        net.uses_head = number % 2 == 0  # never two steps with gradients
+
+    def skipping(x):  # the second half of the network does not run
+        optimizer.zero_grad()
+        F.relu(net.bn1(net.conv1(x))).square().sum().backward()
+        optimizer.step()
+
+    step(net, optimizer, x)
+    for _ in range(3):
         step(net, optimizer, x)
-    assert torch.equal(net.bn4.bias, start) and net.bn1.bias[5] > -4
+    for _ in range(20):
+        skipping(x)
+    assert torch.equal(net.bn4.bias, start), 'three passes are not enough'
+    assert recovery.decayed()['bn1'][5] and not recovery.decayed()['bn4'].any()
+    step(net, optimizer, x)
+    assert recovery.decayed()['bn4'][5]
+    for _ in range(20):
+        skipping(x)
+    assert recovery.decayed()['bn4'][5] and not recovery.opened()['bn4'].any()
+
+
+def test_what_is_open_in_any_pass_since_the_last_step_is_open():
+    net, x = Net(), images()
+    optimizer = Still(net.parameters())
+    recovery = recovery_of(net, optimizer, window=2)
+    start = net.bn1.bias.detach().clone()
+    for norm in (net.bn1, net.bn2, net.bn3, net.bn4):
+        norm.eval()
+    with torch.no_grad():
+        is_open = (net.bn1(net.conv1(60 * x)).amax((0, 2, 3)) > 0)[list(CLOSED)]
+    for _ in range(12):
+        step(net, optimizer, x)
+        with torch.no_grad():  # whatever becomes of it
+            net(60 * x)
+    same = (net.bn1.bias == start)[list(CLOSED)]
+    assert is_open.any() and torch.equal(same, is_open)
+    assert not recovery.opened()['bn1'][list(CLOSED)][is_open].any()
+
+
+def test_what_is_open_in_validation_alone_is_left_and_was_not_opened():
+    net, x = Net(), images()
+    optimizer = Still(net.parameters())
+    recovery = recovery_of(net, optimizer, window=2)
+    opened = torch.zeros(8, dtype=torch.bool)
+    for number in range(40):
+        step(net, optimizer, x)
+        net.eval()
+        with torch.no_grad():
+            net(60 * x)
+            is_open = net.bn1(net.conv1(60 * x)).amax((0, 2, 3)) > 0
+        net.train()
+        opened |= recovery.opened()['bn1']
+        if number == 0:
+            never = [c for c in CLOSED if is_open[c]]
+    assert never and not opened[never].any() and opened.any()
+
+
+@pytest.mark.parametrize('kind', ['L1 of gamma', 'bfloat16', 'frozen later'])
+def test_other_trainings(kind):
+    net, x = Net(), images()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    structure = trace_structure(net, x)
+    if kind == 'bfloat16':
+        net, x = net.bfloat16(), x.bfloat16()
+    recovery = recovery_of(net, optimizer, structure=structure, steps=100)
+    opened = torch.zeros(8, dtype=torch.bool)
+    for number in range(250):
+        optimizer.zero_grad()
+        loss = net(x).float().square().sum()
+        if kind == 'L1 of gamma':
+            loss = loss + net.bn1.weight.abs().sum()
+        loss.backward()
+        if kind == 'frozen later' and number == 20:
+            net.bn1.requires_grad_(False)
+            frozen = net.bn1.bias.clone()
+        optimizer.step()
+        opened |= recovery.opened()['bn1']
+    if kind == 'frozen later':
+        assert torch.equal(net.bn1.bias[list(CLOSED)], frozen[list(CLOSED)]) and not opened[5]
+    else:
+        assert opened[list(CLOSED)].all()
+
+
+class Anchored(torch.optim.Optimizer):
+    """Sets parameters from positions of its own, as D-Adaptation and Lookahead do."""
+
+    def __init__(self, params):
+        super().__init__(params, dict(lr=1e-3))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]['params']:
+            state = self.state[param]
+            state.setdefault('x0', param.clone())
+            param.copy_(state['x0'] - 1e-6)
+
+
+def test_an_optimiser_that_sets_parameters_from_other_positions_decays_as_promised():
+    net, x = Net(), images()
+    optimizer = Anchored(net.parameters())
+    recovery = recovery_of(net, optimizer, steps=50)
+    for _ in range(30):
+        step(net, optimizer, x)
+    # 27 of the 30 steps decay: three passes came first.
+    expected = -4.0 * decay_per_step(0.1, 50) ** (30 - 3) + 0.1
+    assert net.bn1.bias[5].item() == pytest.approx(expected, abs=1e-3)
+    assert recovery.decayed()['bn1'][5]
+    for _ in range(150):
+        step(net, optimizer, x)
+    assert net.bn1.bias[5] > -0.3, 'nor does it jump back when it is open'
+
+
+def test_without_a_learning_rate_nothing_is_touched():
+    net, x = Net(), images()
+    groups = [
+        dict(params=list(net.bn1.parameters()), lr=0.0),
+        dict(params=list(net.bn4.parameters()), lr=0.1),
+        dict(params=[net.conv1.weight], lr=0.0),
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    recovery = recovery_of(net, optimizer, window=2, copies=list)
+    start = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for number in range(20):
+        # What has none for now is left for now.
+        optimizer.param_groups[1]['initial_lr'] = 0.1
+        optimizer.param_groups[1]['lr'] = 0.0 if number < 10 else 1e-9
+        step(net, optimizer, x)
+        if number == 9:
+            assert all(torch.equal(p, start[n]) for n, p in net.named_parameters())
+    assert recovery.layers == ['bn4']
+    assert torch.equal(net.bn1.bias, start['bn1.bias'])
+    assert torch.equal(net.conv1.weight, start['conv1.weight'])
+    assert net.bn4.bias[5] > start['bn4.bias'][5]
+
+
+def test_a_model_that_is_saved_or_copied_meanwhile_has_nothing_of_it():
+    net, x = Net(), images()
+    optimizer = Still(net.parameters())
+    recovery = recovery_of(net, optimizer)
+    for _ in range(2):
+        step(net, optimizer, x)
+    assert net.bn1._forward_hooks
+    net.seen = None
+    copies = [copy.deepcopy(net), torch.load(save(net), weights_only=False)]
+    passes = recovery._groups[0].layers[0].passes
+    for one in copies:
+        one(x)
+    assert recovery._groups[0].layers[0].passes == passes
 
 
 def test_what_is_not_seen_is_not_touched():
     net, x = Net(), images()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    recovery_of(net, optimizer, window=2, witnesses={})
+    optimizer = Still(net.parameters())
+    recovery_of(net, optimizer, window=2, structure=Structure())
     start = {n: p.detach().clone() for n, p in net.named_parameters()}
     for _ in range(20):
         step(net, optimizer, x)
@@ -198,7 +340,7 @@ def test_every_optimiser_lets_closed_filters_open_and_leaves_no_moments(name):
     for param in (net.bn1.weight, net.bn1.bias):
         for key, value in optimizer.state[param].items():
             shape = getattr(value, 'shape', None)  # some count steps in plain numbers
-            if shape == param.shape and key not in ('ax', 'step_size'):
+            if shape == param.shape and key not in ('ax', 'step_size', 'prev'):
                 assert not value[decayed].any(), key
     for _ in range(60):
         step(net, optimizer, x)
@@ -207,7 +349,7 @@ def test_every_optimiser_lets_closed_filters_open_and_leaves_no_moments(name):
 
 def test_gradients_of_several_batches_are_one_piece_of_evidence():
     net, x = Net(), images()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    optimizer = Still(net.parameters())
     recovery_of(net, optimizer, window=2)
     other = 40 * images()  # on which the filters 1 and 4 are closed as well, but not 3
     start = net.bn1.bias.detach().clone()
@@ -259,12 +401,11 @@ def test_filters_closed_in_a_sum_are_recovered_and_no_others(downsample):
         net[0].bias[5] = 100.0  # in channel 5 the sum is open
         if downsample:
             layers[1].bias[5] = 5.0
-    with RectifierTrace(net) as trace:
-        net(x)
+    structure = trace_structure(net, x)
     names = {'2.bn1': '2.bn1', '2.bn2': '2'} | ({'2.downsample.1': '2'} if downsample else {})
-    assert trace.witnesses == names
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    recovery = recovery_of(net, optimizer, witnesses=trace.witnesses)
+    assert structure.witnesses == names
+    optimizer = Still(net.parameters())
+    recovery = recovery_of(net, optimizer, structure=structure)
     net[3].weight.data[:, 5] = 0  # so that channel 5 has no gradient, open as it is
     before, same = step(net, optimizer, x), 0
     for _ in range(120):
@@ -294,7 +435,7 @@ def test_gradient_checkpointing(reentrant):
     net, plain = Twice(), Net()
     for one in (net, plain):
         optimizer = torch.optim.SGD(one.parameters(), lr=1e-3)
-        recovery_of(one, optimizer, witnesses=witnesses_of(Net()))
+        recovery_of(one, optimizer, structure=trace_structure(Net(), images()))
         for _ in range(30):
             step(one, optimizer, images())
     for (name, value), other in zip(net.named_parameters(), plain.parameters()):
@@ -352,7 +493,7 @@ def test_a_state_goes_on_where_it_was():
         recovery.load_state_dict([])
 
 
-def test_all_ranks_do_the_same_without_a_collective(tmp_path):
+def test_all_ranks_do_the_same(tmp_path):
     script = Path(__file__).parent / 'recovery_ranks.py'
     commands = [[sys.executable, str(script), str(rank), str(tmp_path)] for rank in (0, 1)]
     ranks = [subprocess.Popen(command, stderr=subprocess.PIPE) for command in commands]
@@ -361,7 +502,8 @@ def test_all_ranks_do_the_same_without_a_collective(tmp_path):
     first, second = (torch.load(tmp_path / f'rank_{r}.pth', weights_only=True) for r in (0, 1))
     for key, value in first['state'].items():
         assert torch.equal(value, second['state'][key]), key
-    assert first['collectives'] == second['collectives'] == []
+    # One in each step, and one more where it is chosen what is watched.
+    assert first['collectives'] == second['collectives']
     assert first['opened'].tolist() == second['opened'].tolist()
     assert first['opened'].tolist()[:3] == [True, True, False]
     assert (first['is_open'] | second['is_open'])[:2].all()
@@ -371,6 +513,9 @@ def test_all_ranks_do_the_same_without_a_collective(tmp_path):
     # The first rank alone would have taken filter 2 for closed.
     assert not first['is_open'][2] and second['is_open'][2]
     assert first['state']['1.bias'][2] == torch.tensor(-2.9) and first['state']['1.weight'][2] == 1
+    # Then it fails on one of them, and both end with the next choice.
+    assert first['ended'] == second['ended'] == [False, True]
+    assert first['errors'] == ['RuntimeError: on this rank'] and second['errors'] == ['None']
 
 
 def save(content):
@@ -382,15 +527,24 @@ def save(content):
     return file
 
 
-def test_what_fails_ends_it_and_not_the_step():
+@pytest.mark.parametrize('where', ['step', 'forward'])
+def test_what_fails_ends_it_and_not_the_training(where, monkeypatch):
     net, x, errors = Net(), images(), []
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     recovery = recovery_of(net, optimizer, failed=errors.append)
     step(net, optimizer, x)
-    del net.bn1.bias.grad
-    recovery._groups[0]._proof = None
+
+    def fails(*args):
+        raise RuntimeError('here')
+
+    owner, name = {
+        'step': (recovery._groups[0], 'judge'),
+        'forward': (recovery._groups[0].layers[0], '_most_of'),
+    }[where]
+    monkeypatch.setattr(owner, name, fails)
     start = net.head.weight.detach().clone()
     step(net, optimizer, x)
-    assert len(errors) == 1 and not torch.equal(net.head.weight, start)
+    assert [str(error) for error in errors] == ['here'] and recovery.ended
+    assert not torch.equal(net.head.weight, start)
     step(net, optimizer, x)
-    assert len(errors) == 1 and not net.bn1._forward_hooks and not net.bn1.bias._backward_hooks
+    assert len(errors) == 1 and not net.bn1._forward_hooks

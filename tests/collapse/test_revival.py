@@ -11,7 +11,7 @@ from psbn_mmdet.collapse import Structure, revive, trace_structure
 GAMMA = [0.0, 0.01, 0.0, 0.01, 1.0]
 BIAS = [0.0, -0.05, 0.2, -5.0, 0.1]
 OPENED = [0, 1, 3]
-RELU = Structure({'0': 'relu'}, {}, {})
+RELU = Structure({'0': 'relu'})
 
 
 def half_collapsed() -> nn.Sequential:
@@ -45,7 +45,7 @@ def test_closed_is_what_opens_only_beyond_three_standard_deviations():
     norm = nn.BatchNorm2d(6)
     norm.weight.data = torch.tensor([0.25, -0.25, 0.25, -0.25, 0.25, 0.25])
     norm.bias.data = torch.tensor([-0.7501, -0.7501, -0.74, -0.74, -0.9, -0.6])
-    _, opened = revive(norm.state_dict(), Structure({'': 'relu'}, {}, {}))
+    _, opened = revive(norm.state_dict(), Structure({'': 'relu'}))
     assert opened == {'': [0, 1, 4]}
 
 
@@ -61,7 +61,7 @@ def test_opened_filters_get_gradient_from_the_first_step_on_however_deep(revived
 
 @pytest.mark.parametrize('kind', ['leaky_relu', 'other'])
 def test_nothing_is_closed_before_anything_but_a_relu(kind):
-    assert revive(half_collapsed().state_dict(), Structure({'0': kind}, {}, {}))[1] == {}
+    assert revive(half_collapsed().state_dict(), Structure({'0': kind}))[1] == {}
 
 
 @pytest.mark.parametrize('groups', [1, 6])
@@ -97,9 +97,14 @@ def test_a_bias_that_two_layers_share_is_opened_in_one():
 def test_names_of_the_backbone_alone_and_of_wrappers():
     structure = Structure(
         {'backbone.bn1': 'relu', 'neck.bn': 'relu'},
+        {'backbone.bn1': 'backbone', 'neck.bn': 'neck.bn'},
         {'backbone.bn1': 'backbone.conv1', 'neck.bn': 'neck.conv'},
         {'backbone.bn1': ['backbone.conv2', 'neck.conv']},
+        ['neck.conv'],
     )
     assert structure.renamed('backbone.', 'module.') == Structure(
-        {'module.bn1': 'relu'}, {'module.bn1': 'module.conv1'}, {'module.bn1': ['module.conv2']}
+        {'module.bn1': 'relu'},
+        {},
+        {'module.bn1': 'module.conv1'},
+        {'module.bn1': ['module.conv2']},
     )

@@ -45,7 +45,7 @@ FAULTS = {  # what fails, and the part that is off then
     'appending to the record': ((journal.RecordWriter, 'append'), 'records'),
     'naming the record': ((journal, 'remember_record'), 'records'),
     'writing a snapshot': ((journal, 'write_snapshot'), 'snapshots'),
-    'watching steps': ((collapse_hook, 'StepTrace'), 'dead filters'),
+    'watching steps': ((collapse_hook, 'watch_steps'), 'dead filters'),
     'drawing the table': ((collapse_hook.EpochTable, 'render'), 'tables'),
     'reading the schedule': ((collapse_hook, 'read_schedule'), 'forecasts'),
     'forecasting': ((collapse_hook, 'make_forecast'), 'forecasts'),

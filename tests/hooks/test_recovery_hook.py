@@ -39,7 +39,8 @@ def test_closed_filters_are_recovered_in_the_run_and_the_record_says_when(tmp_pa
             recovered.setdefault(layer, []).extend(channels)
     assert {layer: sorted(set(channels)) for layer, channels in recovered.items()} == KILLED
     log = texts(tmp_path)
-    assert 'RecoveryHook: 0 closed filters were opened in this epoch, 4 are being decayed.' in log
+    assert 'RecoveryHook: 0 closed filters were opened in this epoch, 0 so far, ' in log
+    assert ', 4 so far, of which 0 are closed again; 0 are being decayed.' in log
     assert 'collapse/recovered: ' in log
     assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
     assert not any(m._forward_hooks for m in runner.model.modules())
@@ -114,8 +115,8 @@ def test_a_checkpoint_of_another_network_s_recovery_is_said_and_not_taken(tmp_pa
     content = torch.load(path, weights_only=False)
     kept = content['psbn_recovery']
     (group,) = kept['channels']
-    short = [torch.zeros(3, dtype=torch.int32) for _ in group['proof']]
-    others = [dict(layers=['x']), group | dict(proof=short), group | dict(restored=short)]
+    short = torch.zeros(3, dtype=torch.int32)
+    others = [dict(layers=['x']), group | dict(proof=short), group | dict(kept=short)]
     for state in (*(kept | dict(channels=[other]) for other in others), {}, 7):
         content['psbn_recovery'] = state
         torch.save(content, path)
@@ -164,10 +165,10 @@ def test_a_fault_is_one_warning_and_the_training_goes_on(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError('no such device')
 
-    monkeypatch.setattr(recovery, '_alive', fail)
+    monkeypatch.setattr(recovery._Group, 'judge', fail)
     runner = trained(tmp_path)
     assert runner.iter == 24
-    assert texts(tmp_path).count('RecoveryHook: off from iteration 1 on') == 1
+    assert texts(tmp_path).count('RecoveryHook: off from iteration 2 on') == 1
     assert 'no such device' in texts(tmp_path)
     assert [r['iter'] for r in records_of(runner).reports] == [4, 8, 12, 16, 20, 24]
 

@@ -1,4 +1,4 @@
-"""Which BN layers feed a rectifier, found by watching a forward pass.
+"""What stands around the BN layers of a network, found by watching a forward pass.
 
 The order of modules does not tell: rectifiers are called as functions, a residual addition comes
 between, one output has several readers. So every operation of one real pass is watched, below
@@ -7,11 +7,12 @@ autograd and autocast, where ReLU in all its spellings is one of few operations.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,81 @@ _COPIES = {'_to_copy', 'clone', 'contiguous', 'alias', 'lift_fresh'}
 _META = {'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like'}
 
 
+@dataclass(frozen=True)
+class Structure:
+    """What stands around the BN layers of a network, by their names.
+
+    Attributes:
+        rectifiers (dict[str, str]): For each layer that ran: 'relu' if all its readers are
+            rectifiers that are zero below zero (ReLU, ReLU6, clamp(min=0)), 'leaky_relu' if they
+            are rectifiers and at least one is a LeakyReLU, else 'other'.
+        witnesses (dict[str, str]): By layer that feeds ReLUs alone ('relu'), or sums that do, the
+            module whose output is positive where the filter is open: the layer itself, or what
+            returns the rectified sum, such as a residual block.
+        producers (dict[str, str]): By layer that feeds ReLUs alone, the convolution or linear
+            layer that feeds it and nothing else; layers that are fed otherwise are absent.
+        consumers (dict[str, list[str]]): By layer, the convolutions and linear layers that read
+            what a ReLU has made of the layer's output, and nothing else, along its channels.
+        kept (list[str]): Convolutions and linear layers that stand so, but whose weight is no
+            parameter of their own alone: it is computed, as by weight normalisation, or another
+            module or function reads it, too.
+    """
+
+    rectifiers: dict[str, str] = field(default_factory=dict)
+    witnesses: dict[str, str] = field(default_factory=dict)
+    producers: dict[str, str] = field(default_factory=dict)
+    consumers: dict[str, list[str]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+
+    def renamed(self, remove: str, add: str) -> Structure:
+        """With one prefix of all names removed, and another put before them.
+
+        Args:
+            remove (str): What has not got it is left out.
+            add (str): The other.
+        """
+
+        def new(names: list[str]) -> list[str]:
+            return [add + name[len(remove) :] for name in names if name.startswith(remove)]
+
+        def both(pairs: dict[str, str]) -> dict[str, str]:
+            return {k: v for key, value in pairs.items() for k in new([key]) for v in new([value])}
+
+        return Structure(
+            {k: v for key, v in self.rectifiers.items() for k in new([key])},
+            both(self.witnesses),
+            both(self.producers),
+            {k: new(names) for key, names in self.consumers.items() for k in new([key])},
+            new(self.kept),
+        )
+
+    def shared(self, others: Sequence[Structure]) -> Structure:
+        """What several have alike, such as those of all ranks."""
+
+        def same(name: str) -> dict:
+            mine = getattr(self, name)
+            return {
+                k: v for k, v in mine.items() if all(getattr(o, name).get(k) == v for o in others)
+            }
+
+        pairs = {name: same(name) for name in ('rectifiers', 'witnesses', 'producers', 'consumers')}
+        return Structure(**pairs, kept=self.kept)
+
+
 @dataclass
 class _Output:
     """One output of one BN, shared by all tensors that are views of it."""
 
     layer: str
     unread: int  # elements not yet overwritten in place; the tensor is no BN output beyond that
+    shape: torch.Size
+    stride: tuple[int, ...]
+    reads: list[str]  # the operations that have read it or a copy, which shares the list
+
+    def is_whole(self, tensor: Tensor) -> bool:
+        """Whether a tensor is all of the output, with its dimensions in their order."""
+        whole = self.unread == tensor.numel()
+        return whole and tensor.shape == self.shape and tensor.stride() == self.stride
 
 
 class RectifierTrace(TorchDispatchMode):
@@ -53,23 +123,14 @@ class RectifierTrace(TorchDispatchMode):
         model (nn.Module): The network.
 
     Attributes:
-        rectifiers (dict[str, str]): For each BN layer that ran: 'relu' if all its readers are
-            rectifiers that are zero below zero (ReLU, ReLU6, clamp(min=0)), 'leaky_relu' if they
-            are rectifiers and at least one is a LeakyReLU, else 'other'.
+        structure (Structure): What was found.
         unknown (dict[str, str]): Why it is not known what follows the other layers.
-        witnesses (dict[str, str]): For each layer that feeds ReLUs alone ('relu'), or sums that do,
-            the module whose output is positive where the filter is open: the layer itself, or
-            what returns the rectified sum, such as a residual block.
-        producers (dict[str, str]): By layer that feeds ReLUs alone, the convolution or linear
-            layer that feeds it and nothing else; layers that are fed otherwise are absent.
-        consumers (dict[str, list[str]]): By layer, the convolutions and linear layers that read
-            what a ReLU has made of the layer's output, and nothing else.
         failure (Exception, optional): What ended the watching.
 
     Examples:
         >>> with RectifierTrace(model) as trace:
         ...     model(images)
-        >>> trace.rectifiers['layer1.0.bn1']
+        >>> trace.structure.rectifiers['layer1.0.bn1']
         'relu'
     """
 
@@ -93,12 +154,19 @@ class RectifierTrace(TorchDispatchMode):
         self._activated = WeakTensorKeyDictionary()  # what a ReLU made of a layer: layer, version
         self._inputs: dict[str, set[str | None]] = {}  # by convolution, of which layers
         self._running: list[str] = []  # the layers whose forward is under way
+        # The convolution that has a parameter, None if several modules have it.
+        self._owner: dict[Tensor, str | None] = {}
+        for name, module in self._modules.items():
+            for param in module._parameters.values():
+                if param is not None:
+                    is_first = param not in self._owner and type(module) in CONVOLUTIONS
+                    self._owner[param] = name if is_first else None
+        self._within: list[str] = []  # the convolutions whose forward is under way
+        self._read_elsewhere: set[str] = set()
+        self._given: list[
+            list[tuple[_Output, int]]
+        ] = []  # to the modules whose forward is under way
         self._handles: list = []
-
-    @property
-    def rectifiers(self) -> dict[str, str]:
-        """What follows each layer that ran."""
-        return {layer: what_follows(readers) for layer, readers in self._readers.items()}
 
     @property
     def unknown(self) -> dict[str, str]:
@@ -112,9 +180,40 @@ class RectifierTrace(TorchDispatchMode):
         }
 
     @property
-    def witnesses(self) -> dict[str, str]:
-        """The module whose output is positive where a filter of the layer is open."""
-        found = {layer: layer for layer, kind in self.rectifiers.items() if kind == 'relu'}
+    def structure(self) -> Structure:
+        """What was found so far."""
+        rectifiers = {layer: what_follows(readers) for layer, readers in self._readers.items()}
+        producers: dict[str, str] = {}
+        for layer, convs in self._fed_by.items():
+            conv = next(iter(convs)) if len(convs) == 1 else None
+            if conv and self._fed[conv] == {layer} and rectifiers[layer] == 'relu':
+                producers[layer] = conv
+        consumers: dict[str, list[str]] = {}
+        for name, layers in self._inputs.items():
+            read = next(iter(layers)) if len(layers) == 1 else None
+            if read is not None:
+                consumers.setdefault(read, []).append(name)
+        around = dict.fromkeys([*producers.values(), *itertools.chain(*consumers.values())])
+        kept = [name for name in around if not self._has_own_weight(name)]
+        return Structure(
+            rectifiers,
+            self._witnesses(rectifiers),
+            {layer: name for layer, name in producers.items() if name not in kept},
+            {layer: [n for n in names if n not in kept] for layer, names in consumers.items()},
+            kept,
+        )
+
+    def _has_own_weight(self, name: str) -> bool:
+        module = self._modules[name]
+        own = [param for param in module._parameters.values() if param is not None]
+        return (
+            isinstance(module._parameters.get('weight'), nn.Parameter)
+            and all(self._owner[param] == name for param in own)
+            and name not in self._read_elsewhere
+        )
+
+    def _witnesses(self, rectifiers: dict[str, str]) -> dict[str, str]:
+        found = {layer: layer for layer, kind in rectifiers.items() if kind == 'relu'}
         for layer, readers in self._sum_readers.items():
             if self._readers[layer] == {'add'} and readers == {'relu'}:
                 # A ReLU module may serve several places; a block has one output.
@@ -124,28 +223,6 @@ class RectifierTrace(TorchDispatchMode):
                     found[layer] = returned[0]
         return found
 
-    @property
-    def producers(self) -> dict[str, str]:
-        """The convolution that feeds a layer and nothing else."""
-        found: dict[str, str] = {}
-        for layer, names in self._fed_by.items():
-            name = next(iter(names)) if len(names) == 1 else None
-            if name is None or self._fed[name] != {layer}:
-                continue
-            if what_follows(self._readers[layer]) == 'relu':
-                found[layer] = name
-        return found
-
-    @property
-    def consumers(self) -> dict[str, list[str]]:
-        """The convolutions that read a layer's rectified output and nothing else."""
-        found: dict[str, list[str]] = {}
-        for name, layers in self._inputs.items():
-            layer = next(iter(layers)) if len(layers) == 1 else None
-            if layer is not None:
-                found.setdefault(layer, []).append(name)
-        return found
-
     def __enter__(self) -> RectifierTrace:
         for name, norm in self._norms.items():
             self._handles += [
@@ -153,7 +230,10 @@ class RectifierTrace(TorchDispatchMode):
                 norm.register_forward_hook(self._hook(name, enters=False), always_call=True),
             ]
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._note_return(name)))
+            self._handles += [
+                module.register_forward_pre_hook(self._note_given(name)),
+                module.register_forward_hook(self._note_return(name), always_call=True),
+            ]
             if type(module) in CONVOLUTIONS:
                 self._handles.append(module.register_forward_pre_hook(self._note_input(name)))
         return super().__enter__()
@@ -162,8 +242,8 @@ class RectifierTrace(TorchDispatchMode):
         super().__exit__(*exc)
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
-        self._running.clear()
+        for under_way in (self._handles, self._running, self._within, self._given):
+            under_way.clear()
         for tensors in (
             self._outputs,
             self._sums,
@@ -182,10 +262,31 @@ class RectifierTrace(TorchDispatchMode):
 
         return hook
 
+    def _note_given(self, name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            watched = next(module.children(), None) is None and not in_backward()
+            tensors = [t for t in inputs if watched and isinstance(t, Tensor)]
+            given = [self._outputs[tensor] for tensor in tensors if tensor in self._outputs]
+            self._given.append([(output, len(output.reads)) for output in given])
+            if type(module) in CONVOLUTIONS:
+                self._within.append(name)
+
+        return hook
+
     def _note_return(self, name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             self._calls[name] += 1
-            if isinstance(output, Tensor):
+            if type(module) in CONVOLUTIONS and self._within:
+                self._within.pop()
+            # Operators that torch does not dispatch, such as MMCV's, read unseen.
+            for given, reads in self._given.pop() if self._given else ():
+                returned = [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
+                passed = any(
+                    self._outputs[v].reads is given.reads for v in returned if v in self._outputs
+                )
+                if len(given.reads) == reads and not passed:
+                    self._readers[given.layer].add('other')
+            if isinstance(output, Tensor) and not in_backward():
                 for layer in self._rectified.get(output, ()):
                     self._returned.setdefault(layer, []).append(name)
                 if type(module) in CONVOLUTIONS:
@@ -195,10 +296,12 @@ class RectifierTrace(TorchDispatchMode):
 
     def _note_input(self, name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple) -> None:
-            if _in_backward():  # checkpointing runs it again
+            if in_backward():  # checkpointing runs it again
                 return
             layer, version = self._activated.get(inputs[0], (None, 0)) if inputs else (None, 0)
             as_it_was = layer is not None and _version(inputs[0]) == version
+            if isinstance(module, nn.Linear):  # reads along the last dimension
+                as_it_was &= inputs[0].dim() == 2
             self._inputs.setdefault(name, set()).add(layer if as_it_was else None)
 
         return hook
@@ -206,7 +309,7 @@ class RectifierTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # What the backward pass reads tells nothing of what follows a layer.
-        if self.failure is not None or _in_backward():
+        if self.failure is not None or in_backward():
             return func(*args, **kwargs)
         read: list[tuple[Tensor, _Output]] = []
         summed = False
@@ -216,10 +319,12 @@ class RectifierTrace(TorchDispatchMode):
         except Exception as error:
             self.failure = error
         result = func(*args, **kwargs)
-        if self.failure is None and hasattr(func, '_schema') and 'pool' in func._schema.name:
-            self._note_pool(args, result)
-        if self.failure is None and (read or summed or self._running):
+        if self.failure is None:
             try:
+                if hasattr(func, '_schema') and 'pool' in func._schema.name:
+                    self._note_pool(func, args, result)
+                if not (read or summed or self._running):
+                    return result
                 if hasattr(func, '_schema'):
                     self._note_sum(func._schema.name.split('::')[1], args, kwargs, read, result)
                 self._note(func, args, kwargs, read, result)
@@ -240,14 +345,23 @@ class RectifierTrace(TorchDispatchMode):
         if layer is not None:
             self._fed_by.setdefault(layer, set()).add(self._made.get(args[0]))
         for tensor in tree_flatten((args, kwargs))[0]:
-            if isinstance(tensor, Tensor) and tensor in self._made and not _looks_only(operation):
+            if not isinstance(tensor, Tensor) or _looks_only(operation):
+                continue
+            if tensor in self._made:
                 reader = layer if tensor is args[0] else None
                 self._fed.setdefault(self._made[tensor], set()).add(reader)
+            # The optimiser's step is in no forward.
+            owner = self._owner.get(tensor) if self._given else None
+            if owner is not None and self._within[-1:] != [owner]:
+                self._read_elsewhere.add(owner)
 
-    def _note_pool(self, args: tuple, result: Any) -> None:
-        """A channel of zeros is one of zeros after pooling, too."""
+    def _note_pool(self, func: Any, args: tuple, result: Any) -> None:
+        """A channel of zeros is one of zeros after pooling, too, if not over channels."""
+        if not args or not isinstance(args[0], Tensor):
+            return
         layer, version = self._activated.get(args[0], (None, 0))
-        if layer is not None and _version(args[0]) == version:
+        over = next((n for n in (1, 2, 3) if f'{n}d' in func._schema.name), None)
+        if layer is not None and _version(args[0]) == version and over == args[0].dim() - 2:
             pooled = result[0] if isinstance(result, tuple) else result
             self._activated[pooled] = layer, _version(pooled)
 
@@ -259,9 +373,8 @@ class RectifierTrace(TorchDispatchMode):
             if operation.endswith('_') and tensor is args[0]:
                 self._sums.pop(tensor, None)
                 self._rectified.pop(tensor, None)
-        adds = operation.rstrip('_') == 'add' and kwargs.get('alpha', 1) == 1
-        if adds and all(tensor.shape == result.shape for tensor in tensors):
-            layers |= {output.layer for _, output in read if output.unread > 0}
+        if _adds_up(operation, kwargs, tensors, result):
+            layers |= {output.layer for tensor, output in read if output.is_whole(tensor)}
             if layers:
                 self._sums[result] = frozenset(layers)
         elif layers and not _looks_only(operation):
@@ -275,6 +388,7 @@ class RectifierTrace(TorchDispatchMode):
         """Note which outputs an operation has read, and of which it returns a part or a copy."""
         if not hasattr(func, '_schema'):  # an operator of higher order
             for _, output in read:
+                output.reads.append('')
                 self._readers[output.layer].add('other')
             return
         operation = func._schema.name.split('::')[1]
@@ -282,26 +396,31 @@ class RectifierTrace(TorchDispatchMode):
         if self._running and 'batch_norm' in operation and returns[0].shape == args[0].shape:
             layer = self._running[-1]
             self._readers.setdefault(layer, set())
-            self._outputs[returns[0]] = _Output(layer, returns[0].numel())
+            y = returns[0]
+            self._outputs[y] = _Output(layer, y.numel(), y.shape, y.stride(), [])
         if not read or _looks_only(operation):
             return
         aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
         in_place = any(alias.is_write for alias in aliases)
         copied = operation in _COPIES
         if copied or (aliases and not in_place):
-            for _, output in read:
+            for tensor, output in read:
                 for value in returns:
-                    self._outputs[value] = replace(output) if copied else output
+                    # A copy may be laid out differently, of what has its dimensions in order.
+                    stride = value.stride() if output.is_whole(tensor) else ()
+                    copy = replace(output, stride=stride) if copied else output
+                    self._outputs[value] = copy
             return
+        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        adds = _adds_up(operation, kwargs, tensors, returns[0]) if returns else False
         for tensor, output in read:
+            output.reads.append(operation)
             if output.unread > 0:
                 reader = _rectifier(operation, args, kwargs) if tensor is args[0] else 'other'
-                if operation.rstrip('_') == 'add':
+                if adds and output.is_whole(tensor):
                     reader = 'add'
                 self._readers[output.layer].add(reader)
-                whole = output.unread == tensor.numel()
-                whole &= tensor.shape[1:2] == (self._norms[output.layer].num_features,)
-                if reader == 'relu' and whole:
+                if reader == 'relu' and output.is_whole(tensor):
                     # torch counts a write in place after this.
                     self._activated[returns[0]] = output.layer, _version(tensor) + in_place
             if in_place and tensor is args[0]:
@@ -313,7 +432,7 @@ class StepTrace:
 
     The model's ``train_step`` is replaced meanwhile, on this object alone: whatever way it takes
     through the network is seen, and an exception in it leaves nothing behind. Compiled parts of
-    the network run uncompiled in these steps, where torch can do that.
+    the network run uncompiled in these steps, where torch can do that. Use :func:`watch_steps`.
 
     Args:
         model (nn.Module): Whose ``train_step`` is called, such as a DDP wrapper.
@@ -322,11 +441,8 @@ class StepTrace:
 
     Attributes:
         active (bool): Whether steps are still watched.
-        rectifiers (dict[str, str]): See :class:`RectifierTrace`.
+        structure (Structure): What was found so far.
         unknown (dict[str, str]): See :class:`RectifierTrace`.
-        witnesses (dict[str, str]): See :class:`RectifierTrace`.
-        producers (dict[str, str]): See :class:`RectifierTrace`.
-        consumers (dict[str, list[str]]): See :class:`RectifierTrace`.
         failure (Exception, optional): See :class:`RectifierTrace`.
     """
 
@@ -341,9 +457,9 @@ class StepTrace:
         vars(model)['train_step'] = self._watched
 
     @property
-    def rectifiers(self) -> dict[str, str]:
-        """What follows each layer that ran."""
-        return self._trace.rectifiers
+    def structure(self) -> Structure:
+        """What was found so far."""
+        return self._trace.structure
 
     @property
     def unknown(self) -> dict[str, str]:
@@ -352,21 +468,6 @@ class StepTrace:
             name: f'{why} in {self._steps} iterations' if why == 'did not run' else why
             for name, why in self._trace.unknown.items()
         }
-
-    @property
-    def witnesses(self) -> dict[str, str]:
-        """See :class:`RectifierTrace`."""
-        return self._trace.witnesses
-
-    @property
-    def producers(self) -> dict[str, str]:
-        """See :class:`RectifierTrace`."""
-        return self._trace.producers
-
-    @property
-    def consumers(self) -> dict[str, list[str]]:
-        """See :class:`RectifierTrace`."""
-        return self._trace.consumers
 
     @property
     def failure(self) -> Exception | None:
@@ -378,15 +479,10 @@ class StepTrace:
         if not self.active:
             return
         self.active = False
-        # One that was started later is left in place, and takes this one away when it ends.
-        own = vars(self._model)
-        while isinstance(trace := getattr(own.get('train_step'), '__self__', None), StepTrace):
-            if trace.active:
-                break
-            if trace._was_own:
-                own['train_step'] = trace._train_step
-            else:
-                del own['train_step']
+        if self._was_own:
+            vars(self._model)['train_step'] = self._train_step
+        else:
+            del vars(self._model)['train_step']
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
@@ -400,6 +496,23 @@ class StepTrace:
         if not self._trace.unknown or self.failure is not None or self._steps >= self._bound:
             self.close()
         return result
+
+
+def watch_steps(model: nn.Module, network: nn.Module) -> StepTrace:
+    """The watching of a model's first training steps, one for all who ask.
+
+    Args:
+        model (nn.Module): Whose ``train_step`` is called, such as a DDP wrapper.
+        network (nn.Module): What is watched: the model itself, or what it wraps.
+    """
+    under_way = getattr(vars(model).get('train_step'), '__self__', None)
+    return under_way if isinstance(under_way, StepTrace) else StepTrace(model, network)
+
+
+def _adds_up(operation: str, kwargs: dict, tensors: list[Tensor], result: Any) -> bool:
+    """Whether an operation is a plain sum of tensors of one shape."""
+    plain = operation.rstrip('_') == 'add' and kwargs.get('alpha', 1) == 1
+    return plain and all(tensor.shape == result.shape for tensor in tensors)
 
 
 def what_follows(readers: set[str]) -> str:
@@ -417,7 +530,8 @@ def what_follows(readers: set[str]) -> str:
     return 'leaky_relu' if readers and readers <= {'relu', 'leaky_relu'} else 'other'
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether a backward pass is under way, in which checkpointing runs forward passes again."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -459,53 +573,13 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What stands around the BN layers of a network.
-
-    Attributes:
-        rectifiers (dict[str, str]): See :class:`RectifierTrace`.
-        producers (dict[str, str]): See :class:`RectifierTrace`.
-        consumers (dict[str, list[str]]): See :class:`RectifierTrace`.
-    """
-
-    rectifiers: dict[str, str]
-    producers: dict[str, str]
-    consumers: dict[str, list[str]]
-
-    def renamed(self, remove: str, add: str) -> Structure:
-        """With one prefix of all names removed, and another put before them.
-
-        Args:
-            remove (str): What has not got it is left out.
-            add (str): The other.
-        """
-
-        def new(name: str) -> str:
-            return add + name[len(remove) :]
-
-        return Structure(
-            {new(k): v for k, v in self.rectifiers.items() if k.startswith(remove)},
-            {
-                new(k): new(v)
-                for k, v in self.producers.items()
-                if k.startswith(remove) and v.startswith(remove)
-            },
-            {
-                new(k): [new(v) for v in names if v.startswith(remove)]
-                for k, names in self.consumers.items()
-                if k.startswith(remove)
-            },
-        )
-
-
 def trace_rectifiers(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, str]:
     """Find out which BN layers feed a rectifier, by one forward pass without any effect.
 
     Arguments are those of :func:`trace_structure`.
 
     Returns:
-        dict[str, str]: See :attr:`RectifierTrace.rectifiers`; layers that did not run are absent.
+        dict[str, str]: See :class:`Structure`; layers that did not run are absent.
 
     Examples:
         >>> rectifiers = trace_rectifiers(resnet, torch.randn(2, 3, 64, 64))
@@ -538,7 +612,7 @@ def trace_structure(model: nn.Module, *inputs: Any, **kwargs: Any) -> Structure:
                 buffer.copy_(buffers[name])
     if trace.failure is not None:
         raise trace.failure
-    return Structure(trace.rectifiers, trace.producers, trace.consumers)
+    return trace.structure
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def test_tells_what_follows(after, expected, norm):
     x = torch.randn(2, 4, 6, 6)
     with RectifierTrace(model) as trace:
         model(x)
-    assert trace.rectifiers == {'norm': expected}
+    assert trace.structure.rectifiers == {'norm': expected}
     assert trace_rectifiers(model, x) == {'norm': expected}
 
 
@@ -340,7 +340,11 @@ def test_a_step_is_watched_once_if_all_layers_run_and_its_backward_is_not():
     model = Stepping(nn.BatchNorm2d(4), nn.LeakyReLU(), nn.BatchNorm2d(4))
     model.net.append(After(lambda x: x.clamp(min=0)))
     trace = watched(model)
-    assert trace.rectifiers == {'net.1': 'leaky_relu', 'net.3': 'other', 'net.4.norm': 'relu'}
+    assert trace.structure.rectifiers == {
+        'net.1': 'leaky_relu',
+        'net.3': 'other',
+        'net.4.norm': 'relu',
+    }
     assert not trace.active and trace.unknown == {} and trace.failure is None
     assert 'train_step' not in vars(model) and nothing_is_left(model)
 
@@ -350,12 +354,12 @@ def test_activation_checkpointing_does_not_hide_the_rectifier():
     network.train_step = lambda x: sum(y.sum() for y in network(x.requires_grad_())).backward()
     trace = StepTrace(network, network)
     network.train_step(IMAGE.clone())
-    assert trace.rectifiers == expected_of(network, ends('bn1'))
+    assert trace.structure.rectifiers == expected_of(network, ends('bn1'))
 
 
 def test_a_step_that_does_not_go_through_forward_is_seen():
     model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), step=lambda model, x: model.net(x).sum())
-    assert watched(model).rectifiers == {'net.1': 'relu'}
+    assert watched(model).structure.rectifiers == {'net.1': 'relu'}
 
 
 def test_a_forward_that_calls_the_model_again_is_seen_to_its_end():
@@ -366,7 +370,7 @@ def test_a_forward_that_calls_the_model_again_is_seen_to_its_end():
             return super().forward(x)
 
     model = Again(nn.BatchNorm2d(4), After(F.relu))
-    assert watched(model).rectifiers == {'net.1': 'other', 'net.2.norm': 'relu'}
+    assert watched(model).structure.rectifiers == {'net.1': 'other', 'net.2.norm': 'relu'}
 
 
 def test_a_layer_that_is_idle_at_first_is_waited_for():
@@ -374,16 +378,16 @@ def test_a_layer_that_is_idle_at_first_is_waited_for():
     model.step = lambda model, x: (model.net if model.calls == 3 else model.net[:3])(x).sum()
     trace = watched(model, 2)
     assert trace.active and trace.unknown == {'net.3': 'did not run in 2 iterations'}
-    assert trace.rectifiers == {'net.1': 'relu'}
+    assert trace.structure.rectifiers == {'net.1': 'relu'}
     model.train_step(IMAGE)
-    assert trace.rectifiers == {'net.1': 'relu', 'net.3': 'relu'} and not trace.active
+    assert trace.structure.rectifiers == {'net.1': 'relu', 'net.3': 'relu'} and not trace.active
 
 
 def test_layers_that_stay_unknown_are_named_with_the_reason():
     model = Stepping(nn.BatchNorm2d(4), nn.ReLU(), Foreign(4), nn.ReLU())
     model.idle = nn.BatchNorm2d(4)
     trace = watched(model, 5, bound=4)
-    assert not trace.active and trace.rectifiers == {'net.1': 'relu'}
+    assert not trace.active and trace.structure.rectifiers == {'net.1': 'relu'}
     assert trace.unknown == {
         'net.3': 'Foreign runs no batch normalisation of torch',
         'idle': 'did not run in 4 iterations',
@@ -444,7 +448,7 @@ def test_operators_of_higher_order_are_let_through():
     trace = StepTrace(model, model)
     assert model.train_step(IMAGE) == expected
     assert trace.failure is None
-    assert trace.rectifiers == {'net.1': 'relu', 'net.3': 'other', 'net.4.norm': 'other'}
+    assert trace.structure.rectifiers == {'net.1': 'relu', 'net.3': 'other', 'net.4.norm': 'other'}
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='needs torch >= 2.6')
@@ -453,7 +457,7 @@ def test_a_compiled_step_is_watched_uncompiled():
     compiled = torch.compile(model.train_step, backend='aot_eager')
     model.train_step = compiled  # as MMEngine does
     trace = watched(model)
-    assert trace.rectifiers == {'net.1': 'relu'}
+    assert trace.structure.rectifiers == {'net.1': 'relu'}
     assert model.train_step is compiled and nothing_is_left(model)
     model.train_step(IMAGE)  # and compiles afterwards
 
