@@ -87,8 +87,8 @@ class Recovery:
             something has failed in this; nothing is decayed from then on, on any rank. The
             training goes on.
         copies (Callable, optional): Returns the modules, by the network's names, of each averaged
-            copy of it, whose weights are restored with the network's. None to restore nothing, as
-            in a run that goes on. Defaults to None.
+            copy of it, whose weights are restored with the network's. None to restore nothing.
+            Defaults to None.
 
     Attributes:
         ended (bool): Whether nothing is decayed any more.
@@ -561,6 +561,7 @@ class _Group:
         return {
             'layers': self.names,
             'calls': self._calls,
+            'chosen': self.chosen,
             'watching': self._is_watching,
             # Since it was last judged.
             'passes': [layer.passes for layer in self.layers],
@@ -575,12 +576,13 @@ class _Group:
             now = self.watched if key == 'moved' else getattr(self, key)
             if (state[key].shape, state[key].dtype) != (now.shape, now.dtype):
                 raise ValueError('it is of other channels')
-        if not isinstance(state['calls'], int) or not isinstance(state['watching'], bool):
+        if not all(isinstance(state[key], int) for key in ('calls', 'chosen', 'watching')):
             raise ValueError('it has no number of calls')
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.proof.device
-        self._calls, self._is_watching = state['calls'], state['watching']
+        self._calls, self.chosen = state['calls'], state['chosen']
+        self._is_watching = state['watching']
         self.watch(state['watched'].to(device))
         self.proof, self.kept = state['proof'].to(device), state['kept'].to(device)
         self._moved = state['moved'].to(device)

@@ -88,7 +88,6 @@ class RecoveryHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Watch the first steps for what stands around the layers, on every rank."""
         self._recovery, self._structure = None, Structure()
-        self._is_new = runner.iter == 0
         self._opened, self._of_epoch, self._ever = {}, {}, {}
         if runner.cfg.get('compile'):
             runner.logger.warning(
@@ -145,7 +144,7 @@ class RecoveryHook(Hook):
             self.steps,
             self.window,
             failed,
-            (lambda: _copies(runner, self._network)) if self._is_new else None,
+            lambda: _copies(runner, self._network),
         )
 
     def after_train_iter(

@@ -93,7 +93,7 @@ def arm(point: str, n: int, share: float) -> None:
     elif point == 'stepped':
         after(OptimWrapper, 'update_params', n)
     elif point == 'recovery':
-        after(recovery, '_multiply', n)
+        after(recovery._Group, 'decay', n)
     elif point == 'restoring':
         after(recovery, 'restore', n)
     elif point == 'save':

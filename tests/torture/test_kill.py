@@ -235,7 +235,7 @@ def a_chain(seed: int, seconds: float) -> list[dict]:
     """Three kills, each at a random time of its kind."""
     rng = random.Random(seed)
     most = dict(
-        step=8, stepped=8, recovery=25, restoring=3, save=3, saved=3, naming=3, record=4,
+        step=8, stepped=8, recovery=8, restoring=3, save=3, saved=3, naming=3, record=4,
         recorded=4, file=6,
     )  # fmt: skip
     kills = []
