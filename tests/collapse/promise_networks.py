@@ -47,9 +47,15 @@ class Network(nn.Module):
             for weight, dim in ((self.conv1._parameters.get('weight'), 0), (self.conv2.weight, 1)):
                 if weight is not None and weight.shape[dim] == C:
                     weight.transpose(0, dim)[KILL] *= 1e-3
-        for layer in self.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.momentum = 0.0
+            if self.conv1._parameters.get('bias') is not None:
+                self.conv1.bias[KILL] = -0.5  # much more than their deviation
+        norms = [x for x in self.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+        for layer in norms:
+            layer.momentum = 1.0
+        with torch.no_grad():
+            self(self.x)  # gives the norms statistics
+        for layer in norms:
+            layer.momentum = 0.0
 
     def forward(self, x):
         self._open = []

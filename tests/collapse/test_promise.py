@@ -129,6 +129,10 @@ def test_outputs_are_the_same_until_a_filter_opens(name, tmp_path, caplog):
     assert not compare.differ
     if opens:
         assert compare.opened.keys() >= {'student, in its step'}
+    # The copies follow, and do not go ahead.
+    when = compare.opened.get('student, evaluation', STEPS)
+    for copy_of in ('average', 'teacher'):
+        assert compare.opened.get(f'{copy_of}, evaluation', STEPS) >= when
     assert not any('off from iteration' in text for text in caplog.messages)
 
 
