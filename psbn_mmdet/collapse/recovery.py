@@ -300,7 +300,7 @@ class _Layer:
 
     def watch(self, channels: Tensor) -> None:
         """Look at the outputs of these channels, and of no others, from now on."""
-        self.index = channels.nonzero().flatten()
+        self.index = channels.nonzero().flatten().to(self.bias.device)
         self.forget()
         if self._handle is not None:
             self._handle.remove()
@@ -386,6 +386,9 @@ class _Group:
         ones = [torch.ones_like(layer.bias, dtype=torch.float) for layer in layers]
         self._factor = torch.cat([one * layer.factor**every for one, layer in zip(ones, layers)])
         self._shift = torch.cat([one * layer.shift for one, layer in zip(ones, layers)])
+        # The number of each channel's layer.
+        numbers = torch.arange(len(layers)).repeat_interleave(torch.tensor(self.sizes))
+        self._layer = numbers.to(self._shift.device)
         self._zeros = [torch.zeros_like(layer.bias) for layer in layers]
         self.watched = torch.zeros_like(self._shift, dtype=torch.bool)
         self.proof = torch.zeros_like(self._shift, dtype=torch.int32)
@@ -407,13 +410,14 @@ class _Group:
 
     def watch(self, channels: Tensor) -> None:
         """Look at the outputs of these channels, and of no others, from now on."""
-        parts = zip(self.layers, channels.split(self.sizes), self.watched.split(self.sizes))
-        for layer, now, before in parts:
-            if not torch.equal(now, before):
-                layer.watch(now)
+        now, before = channels.cpu(), self.watched.cpu()  # one wait for the device, not one a layer
+        parts = zip(self.layers, now.split(self.sizes), before.split(self.sizes))
+        for layer, mask, old in parts:
+            if not torch.equal(mask, old):
+                layer.watch(mask)
         self.proof = torch.where(channels & self.watched, self.proof, 0)
         self.watched = channels
-        self._index = channels.nonzero().flatten()
+        self._index = now.nonzero().flatten().to(channels.device)
 
     def note_step(self, failed: Callable[[Exception], None]) -> bool:
         """Count a step, note which biases have a gradient, and say whether it is time to judge."""
@@ -444,9 +448,8 @@ class _Group:
             return is_open, passes
         both = torch.cat([is_open, is_open.new_tensor(passes)])
         all_reduce(both, 'max')
-        sizes = torch.tensor(self.sizes, device=both.device)
         is_open, counts = both[: len(is_open)], both[len(is_open) :].int()
-        return is_open, counts.repeat_interleave(sizes, output_size=len(is_open))
+        return is_open, counts.index_select(0, self._layer)
 
     def _evidence(self) -> Tensor:
         found = torch.zeros_like(self.watched, dtype=torch.uint8)
