@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import OPTIMIZERS
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from promise_networks import NETWORKS, build
 from torch.utils.data import Dataset
@@ -24,7 +24,6 @@ STEPS = 60
 pytestmark = pytest.mark.slow
 
 
-@OPTIMIZERS.register_module(force=True)
 class Still(torch.optim.SGD):
     """Has a learning rate, and changes nothing: all that moves is moved by the hook."""
 
@@ -101,14 +100,15 @@ def watched(net, work_dir):
         dict(type='EMAHook', momentum=0.5),
         dict(type='mmdet.MeanTeacherHook', momentum=0.5),
     ]
+    model = StudentAndTeacher(net, alone)
     runner = Runner(
-        model=StudentAndTeacher(net, alone),
+        model=model,
         work_dir=str(work_dir),
         train_dataloader=dict(
             batch_size=1, dataset=Nothing(), sampler=dict(type='DefaultSampler', shuffle=False)
         ),
         train_cfg=dict(by_epoch=True, max_epochs=1),
-        optim_wrapper=dict(optimizer=dict(type='Still', lr=1.0)),
+        optim_wrapper=OptimWrapper(Still(model.parameters(), lr=1.0)),
         default_hooks=dict(logger=None, checkpoint=None, timer=None),
         custom_hooks=[
             *(average if not alone else []),

@@ -117,7 +117,7 @@ def test_all_ranks_train_psbn(work_dir):
         assert witness['norms'] == ['PostShiftedBatchNorm2d'] * (20 + 8)  # backbone and neck
 
 
-def test_ranks_tell_each_other_nothing_in_a_step(work_dir):
-    """Only once, what RecoveryHook has seen of the network."""
-    once = ['all_gather_object', 'all_gather_object']
-    assert [witness['collectives'] for witness in witnesses(work_dir)] == [once, once]
+def test_ranks_tell_each_other_once_in_a_window_what_they_have_seen(work_dir):
+    """What stands around the layers, and then, in four steps, once which filters have gradients."""
+    made = ['all_gather_object', 'all_reduce']
+    assert [witness['collectives'] for witness in witnesses(work_dir)] == [made, made]
