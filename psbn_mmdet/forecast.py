@@ -37,7 +37,7 @@ from .preflight import type_name
 STEPS = 4000  # made of a training; in a longer one most stand for several
 ITERATIONS = 300_000  # for which schedulers are stepped; later the learning rate stays as it is
 # Biases of filters with gamma = 0, of which the lowest that opens is told.
-_PROBES = torch.logspace(-4, 2, 601)
+_PROBES = torch.logspace(-6, 2, 801)
 
 
 @dataclass(frozen=True)
