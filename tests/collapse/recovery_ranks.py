@@ -4,6 +4,8 @@ python recovery_ranks.py RANK FOLDER: joins through a file in FOLDER, and saves 
 Filter 2 of the first norm is closed on rank 0 and open on rank 1, and gets no gradient on either.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path

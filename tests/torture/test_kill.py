@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import IterBasedTrainLoop
 
 from psbn_mmdet.collapse import find_norms
 from psbn_mmdet.records import find_snapshots, read_records
@@ -151,6 +153,9 @@ def closed_weights(config: Path, path: Path) -> None:
 @pytest.fixture(scope='module', params=LOOPS)
 def whole(trainer, request):
     """A training that nobody kills: its config and work dir, and how long it takes."""
+    goes_on = 'Advance dataloader' in inspect.getsource(IterBasedTrainLoop)
+    if request.param == 'iterations' and not goes_on:
+        pytest.skip('this MMEngine feeds a resumed run of iterations from the first batch on')
     work_dir = trainer.folder / f'whole_{request.param}'
     result = trainer.run(request.param, work_dir)
     assert result['code'] == 0, result['text'][-3000:]
