@@ -7,9 +7,10 @@ The second line is the rehearsal: the same code with smaller networks and shorte
 times say nothing of a GPU, and what only CUDA has is skipped.
 
 There are three parts, each with a share of the time: `right` (gpu_right.py), `fast` (gpu_fast.py)
-and `scale` (gpu_scale.py). The results are written after each row, so that a run that is cut off
-leaves what it has. Trainings of `scale` in an earlier result of the same card are kept, and further
-seeds are added to them. The exit status is 1 if anything turned out wrong.
+and `scale` (gpu_scale.py). The results go to benchmarks/results/gpu_CARD.json after each row, so
+that a run that is cut off leaves what it has; those of the rehearsal to work_dirs. Trainings of
+`scale` in an earlier result of the same card are kept, and further seeds are added to them. The
+exit status is 1 if anything turned out wrong.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Context:
 Part = Callable[[Context], Iterator[tuple[str, Callable[[], Row]]]]
 # Each with its share of the time that is left when its turn comes.
 PARTS: dict[str, tuple[Part, float]] = {
-    'right': (gpu_right.checks, 0.3),
+    'right': (gpu_right.checks, 0.45),
     'fast': (gpu_fast.measurements, 0.5),
     'scale': (gpu_scale.trainings, 1.0),
 }
@@ -113,7 +114,7 @@ def main() -> int:
         action='store_true',
         help="use other forms of MMCV's operators, as on a GPU for which they are not compiled",
     )
-    parser.add_argument('--out', help='JSON file, else benchmarks/results/gpu_CARD.json')
+    parser.add_argument('--out', help='JSON file')
     args = parser.parse_args()
     parts = args.parts.split(',')
     if not set(parts) <= PARTS.keys():
@@ -126,8 +127,12 @@ def main() -> int:
     device = torch.device(args.device, 0) if args.device == 'cuda' else torch.device('cpu')
     if args.shim or (args.device == 'cuda' and not mmcv_on_gpu.has_operators()):
         mmcv_on_gpu.replace_operators()
-    card = re.sub(r'\W+', '_', hardware(device).lower()) if device.type == 'cuda' else 'cpu'
-    out = Path(args.out or RESULTS / f'gpu_{card}.json')
+    card = re.sub(r'\W+', '_', hardware(device).lower())
+    # A rehearsal says nothing that is worth keeping.
+    usual = (
+        ROOT / 'work_dirs/gpu_cpu.json' if device.type == 'cpu' else RESULTS / f'gpu_{card}.json'
+    )
+    out = Path(args.out or usual)
     old = json.loads(out.read_text()) if out.exists() else {}
     result = {**old, 'hardware': hardware(device), 'torch': torch.__version__}
     with tempfile.TemporaryDirectory() as name:
