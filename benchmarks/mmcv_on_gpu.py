@@ -1,13 +1,17 @@
 """MMCV's operators on a GPU for which they are not compiled: other forms of the three that count.
 
 Faster R-CNN and RetinaNet use nms, RoIAlign and the focal loss. The first two are torchvision's
-here, the third is MMDetection's own for CPUs.
+here, the third is MMDetection's own for CPUs. Importing this also lets MMDetection's data sets be
+imported without imgaug, which one of its transforms, unused here, imports.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from functools import partialmethod
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from mmcv import _ext
@@ -16,6 +20,10 @@ from mmcv.ops.info import get_compiling_cuda_version
 from mmdet.models.losses import focal_loss
 from torch import Tensor
 from torch.nn import functional as F
+
+if importlib.util.find_spec('imgaug') is None:
+    parts = ('', '.augmenters', '.augmentables', '.augmentables.lines', '.augmentables.segmaps')
+    sys.modules.update({f'imgaug{part}': MagicMock() for part in parts})
 
 
 def has_operators() -> bool:
