@@ -559,6 +559,10 @@ class _Group:
         if codes is not None:
             self.watch((codes == 0) | (self.watched & (codes == 1)))
             self.chosen += 1
+            # While nothing was watched, gamma and beta went on without being followed.
+            kept = self.kept
+            self.follow()
+            self.kept = torch.where(self.proof >= self.window, kept, self.kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -256,6 +256,24 @@ def test_an_optimiser_that_sets_parameters_from_other_positions_decays_as_promis
     assert net.bn1.bias[5] > -0.3, 'nor does it jump back when it is open'
 
 
+def test_a_filter_that_closes_late_is_decayed_from_where_it_is():
+    net, x = Net(), images()
+    optimizer = Still(net.parameters())
+    with torch.no_grad():
+        for norm in (net.bn1, net.bn4):
+            norm.weight.fill_(1.0)
+            norm.bias.fill_(0.1)
+    recovery = recovery_of(net, optimizer, steps=200, window=2)
+    for _ in range(7):  # nothing is closed, and nothing watched
+        step(net, optimizer, x)
+    with torch.no_grad():
+        net.bn1.weight[2], net.bn1.bias[2] = 0.01, -2.0
+    for _ in range(12):
+        out = step(net, optimizer, x)
+    assert recovery.decayed()['bn1'][2] and -2.0 < net.bn1.bias[2] < -1.7
+    assert 0 < net.bn1.weight[2] < 0.01 and out.isfinite().all()
+
+
 def test_without_a_learning_rate_nothing_is_touched():
     net, x = Net(), images()
     groups = [
