@@ -253,12 +253,11 @@ def train(
     """Accuracy and collapsed filters of both arms and all seeds."""
     training = SideBySide(regime, seeds, data, steps, **WAYS[way])
     networks = training.networks
+    structure = trace_structure(CifarResNet(3).eval(), torch.randn(2, 3, 32, 32))
     rectifiers = {
         f'{number}.{name}': kind
         for number in range(len(networks))
-        for name, kind in trace_structure(
-            CifarResNet(3).eval(), torch.randn(2, 3, 32, 32)
-        ).rectifiers.items()
+        for name, kind in structure.rectifiers.items()
     }
     training.shuffle()
     step = training.captured()
