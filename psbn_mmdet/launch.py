@@ -16,6 +16,8 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from .commands import printable
+from .hooks.data_check_hook import explain
+from .norm_switch import add_hook
 from .preflight import PreflightError, load_config, one_line
 
 
@@ -35,6 +37,7 @@ def run_script(
     """
     # Read before the script parses its options, which sets LOCAL_RANK to 0 where it is missing.
     local_rank = os.getenv('LOCAL_RANK') or os.getenv('SLURM_LOCALID') or '0'
+    cfg = Config()
     try:
         script = _load_script(name)
         args = Namespace()
@@ -46,19 +49,23 @@ def run_script(
         vars(args).update(vars(script.parse_args()))
         cfg = load_config(args.config, args.cfg_options)
         check(args, cfg)
-    except PreflightError as error:
-        # Once on each machine, since a file may be missing on one of them only.
-        sys.exit(f'error: {printable(str(error))}' if local_rank == '0' else 1)
-    # The script reads the file again, and merges the options, which could undo a change.
-    script.Config = SimpleNamespace(fromfile=lambda path: cfg)  # type: ignore[attr-defined]
-    args.cfg_options = None
-    script.parse_args = lambda: args  # type: ignore[attr-defined]
-    if args.launcher != 'pytorch' or get_device() != 'cpu':
+        add_hook(cfg, 'DataCheckHook')
+        # The script reads the file again, and merges the options, which could undo a change.
+        script.Config = SimpleNamespace(fromfile=lambda path: cfg)  # type: ignore[attr-defined]
+        args.cfg_options = None
+        script.parse_args = lambda: args  # type: ignore[attr-defined]
+        has_cpus_only = args.launcher == 'pytorch' and get_device() == 'cpu'
+        if has_cpus_only:  # MMEngine would set a CUDA device first, but takes what is initialised
+            torch.distributed.init_process_group('gloo')
         script.main()
+    except Exception as error:
+        known = error if isinstance(error, PreflightError) else explain(error, cfg)
+        if known is None:
+            raise
+        # Once on each machine, since a file may be missing on one of them only.
+        sys.exit(f'error: {printable(str(known))}' if local_rank == '0' else 1)
+    if not has_cpus_only:
         return
-    # Ranks without GPUs: MMEngine would set a CUDA device first, but takes what is initialised.
-    torch.distributed.init_process_group('gloo')
-    script.main()
     torch.distributed.barrier()  # a rank that leaves early aborts the others
     # Not by the interpreter's exit: gloo's threads abort it now and then.
     logging.shutdown()

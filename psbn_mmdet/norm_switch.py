@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .layers.switch import NORMS, SWITCHED, in_scope, kinds_of_norms, switch_norms
-from .preflight import PreflightError, dicts, one_line, type_name
+from .preflight import PreflightError, dicts, named, type_name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,10 +58,9 @@ def switch_config(
         )
     lines = _switch(cfg, norm, scope) if norm else []
     if norm == 'psBN' or watch:
-        _import_package(cfg)
-        _add_hook(cfg, 'CollapseHook')
+        add_hook(cfg, 'CollapseHook')
     if norm == 'psBN':
-        _add_hook(cfg, 'RecoveryHook')
+        add_hook(cfg, 'RecoveryHook')
     return lines
 
 
@@ -129,7 +128,9 @@ def _told(
             yield f'  {part}: {count} {other} left ({why})'
     others = Counter(kind for kind, _ in before.values() if kind not in NORMS)
     if others:
-        yield '  no BN: ' + ', '.join(f'{count} {kind}' for kind, count in others.items())
+        yield '  left, which are no BN or fixed ones: ' + ', '.join(
+            f'{count} {kind}' for kind, count in others.items()
+        )
 
 
 def _parts(names: dict) -> list[str]:
@@ -151,8 +152,7 @@ def build_model(cfg: Config) -> nn.Module:
             return MODELS.build(model)
         except Exception as error:  # whatever a model of somebody's own may raise
             raise PreflightError(
-                f'the model of the config cannot be built ({type(error).__name__}: '
-                f'{one_line(error)}): correct the config'
+                f'the model of the config cannot be built ({named(error)}): correct the config'
             ) from error
 
 
@@ -182,7 +182,13 @@ def _hooks(cfg: Config) -> list:
     return list(hooks)
 
 
-def _add_hook(cfg: Config, kind: str) -> None:
+def add_hook(cfg: Config, kind: str) -> None:
+    """Add one of our hooks to a config that has none of that kind, and the import of it.
+
+    Raises:
+        PreflightError: If ``custom_hooks`` or ``custom_imports`` is not what MMEngine takes.
+    """
+    _import_package(cfg)
     hooks = _hooks(cfg)
     if kind not in map(type_name, hooks):
         cfg.custom_hooks = [*hooks, dict(type=kind)]

@@ -13,6 +13,7 @@ import os
 import reprlib
 import urllib.request
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,7 +26,6 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from .checkpoints import CheckpointError, read_torch
 from .layers import PostShiftedBatchNorm, check_shift
-from .preflight_classes import class_errors
 
 URL_TIMEOUT = 5  # seconds
 CHECKPOINT_MEND = 'give the path of a checkpoint that exists'
@@ -39,6 +39,7 @@ _PSBN_CLASSES = {
     if isinstance(cls, type) and issubclass(cls, PostShiftedBatchNorm)
 }
 _PSBN_TYPES = {*_PSBN_CLASSES, *(cls.__name__ for cls in _PSBN_CLASSES.values())}
+_OF_2X = ('data', 'runner', 'lr_config', 'optimizer_config', 'total_epochs')
 _NORMS = ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN', 'GN', 'LN', 'IN')  # of mmcv
 
 
@@ -64,17 +65,18 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     file = _config_file(path)
     try:
         cfg = Config.fromfile(file)
+        dict(cfg.items())  # imports what is imported lazily
     except Exception as error:  # a config is Python, and fails in as many ways
         raise PreflightError(
-            f'config file {path} cannot be loaded: correct it or what it imports '
-            f'({type(error).__name__}: {one_line(error)})'
+            f'config file {path} cannot be loaded ({named(error)}): correct it or what it imports, '
+            'if it is a config of MMDetection'
         ) from error
     try:
         cfg.merge_from_dict(options or {})
     except Exception as error:  # a type for each way not to fit
         raise PreflightError(
             f'one of --cfg-options {", ".join(options or {})} does not fit the config: give the '
-            f'whole value that it is a part of ({type(error).__name__}: {one_line(error)})'
+            f'whole value that it is a part of ({named(error)})'
         ) from error
     _text(cfg.get('default_scope'), 'default_scope', "a library's name, such as 'mmdet'")
     return cfg
@@ -147,13 +149,11 @@ def check_train_config(cfg: Config) -> None:
     if checkpoint:
         _check_weights(checkpoint, 'checkpoint', CHECKPOINT_MEND)
         file = os.path.expanduser(checkpoint)
-        if cfg.get('resume') and os.path.isfile(file) and not _can_be_resumed(file):
+        if cfg.get('resume') and os.path.isfile(file) and _step_of(file) < 0:
             raise PreflightError(
                 f'checkpoint {checkpoint} has weights, but no state of a training to resume: give '
                 'it to load_from instead (--cfg-options load_from=...)'
             )
-    for stage in ('train', 'val'):
-        _check_classes(cfg, stage)
 
 
 def check_test_config(cfg: Config, checkpoint: str) -> None:
@@ -169,13 +169,26 @@ def check_test_config(cfg: Config, checkpoint: str) -> None:
     _check_model(cfg)
     _check_data(cfg, 'test')
     _check_weights(checkpoint, 'checkpoint', CHECKPOINT_MEND)
-    _check_classes(cfg, 'test')
 
 
 def _check_model(cfg: Config) -> None:
-    for path, part in dicts(cfg.get('model'), 'model'):
-        if path.endswith('norm_cfg'):
-            _check_norm_type(cfg, path, part.get('type'))
+    old = [key for key in _OF_2X if key in cfg]
+    if old and not {'train_dataloader', 'test_dataloader'} & cfg.keys():
+        raise PreflightError(
+            f'the config has {", ".join(old)}, which are of MMDetection 2: write it anew, on one '
+            'of the base configs of MMDetection 3'
+        )
+    if not isinstance(cfg.get('model'), dict):
+        raise PreflightError(
+            f'model is {reprlib.repr(cfg.get("model"))}, no dict: give a config of MMDetection, '
+            "which files of detectron2's and Ultralytics' are not"
+        )
+    for path, part in dicts(cfg.model, 'model'):
+        name = path.split('.')[-1]
+        if name == 'norm_cfg':
+            _check_type(cfg, path, part.get('type'), 'norm', _NORMS)
+        elif name in ('model', 'backbone', 'neck') or name.endswith('_head'):
+            _check_type(cfg, path, part.get('type'), name, ())
     for path, psbn_cfg in psbn_of_config(cfg):
         if 'shift' in psbn_cfg:
             try:
@@ -184,47 +197,48 @@ def _check_model(cfg: Config) -> None:
                 raise PreflightError(f'{error} in {path}') from error
 
 
-def _check_norm_type(cfg: Config, path: str, kind: Any) -> None:
-    """MMEngine says 'Cannot find None in registry' to a name that it does not know."""
-    if not isinstance(kind, str) or '.' in kind:
+def _check_type(cfg: Config, path: str, kind: Any, what: str, usual: tuple[str, ...]) -> None:
+    """Whether a name is registered, where it is looked up; MMEngine says 'Cannot find None'."""
+    if not isinstance(kind, str) or '.' in kind or kind in usual:
         return
-    with MODELS.switch_scope_and_registry(cfg.get('default_scope') or 'mmdet') as registry:
-        if kind in _NORMS or (kind and registry.get(kind) is not None):
+    # A part is built in the scope that the type of the innermost part around it names.
+    scope, around = cfg.get('default_scope') or 'mmdet', cfg
+    for key in path.split('.')[:-1]:
+        around = around[int(key) if isinstance(around, (list, tuple)) else key]
+        outer = around.get('type') if isinstance(around, dict) else None
+        scope = outer.split('.')[0] if isinstance(outer, str) and '.' in outer else scope
+    with MODELS.switch_scope_and_registry(scope) as registry:
+        if kind and registry.get(kind) is not None:
             return
-    of_lower = {name.lower(): name for name in (*_PSBN_CLASSES, *_NORMS)}
+        if registry.scope != scope:  # a library that is not there
+            return
+        names = {*_PSBN_CLASSES, *usual} if usual else set(registry.module_dict)
+    of_lower = {name.lower(): name for name in sorted(names)}
     near = difflib.get_close_matches(kind.lower(), of_lower, 1)
-    mend = f'did you mean {of_lower[near[0]]!r}?' if near else f'use one of {", ".join(_NORMS)}'
-    raise PreflightError(f'{path}.type: no norm is named {kind!r}: {mend}')
+    mend = f'use one of {", ".join(usual)}' if usual else 'add its module to custom_imports'
+    mend = f'did you mean {of_lower[near[0]]!r}? Else {mend}' if near else mend
+    raise PreflightError(f'{path}.type: no {what} is named {kind!r}: {mend}')
 
 
 def _check_data(cfg: Config, stage: str) -> None:
     loader = cfg.get(f'{stage}_dataloader')
     if isinstance(loader, dict):
-        for path, dataset in _datasets(loader.get('dataset'), f'{stage}_dataloader.dataset'):
+        for path, dataset in datasets_of(loader.get('dataset'), f'{stage}_dataloader.dataset'):
             _check_dataset(path, dataset)
     for path, metric in dicts(cfg.get(f'{stage}_evaluator'), f'{stage}_evaluator'):
         if not _is_remote(metric):
             _check_file(metric.get('ann_file'), f'{path}.ann_file')
 
 
-def _check_classes(cfg: Config, stage: str) -> None:
-    loader = cfg.get(f'{stage}_dataloader')
-    if isinstance(loader, dict):
-        datasets = _datasets(loader.get('dataset'), f'{stage}_dataloader.dataset')
-        local = [(path, dataset) for path, dataset in datasets if not _is_remote(dataset)]
-        for error in class_errors(cfg, stage, local, list(dicts(cfg.get('model'), 'model'))):
-            raise PreflightError(error)
-
-
-def _datasets(dataset: Any, path: str) -> Iterator[tuple[str, dict]]:
+def datasets_of(dataset: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Go through wrappers (ConcatDataset, RepeatDataset, ...) down to what reads files."""
     if isinstance(dataset, (list, tuple)):
         for index, part in enumerate(dataset):
-            yield from _datasets(part, f'{path}.{index}')
+            yield from datasets_of(part, f'{path}.{index}')
     elif isinstance(dataset, dict):
         wrapped = [key for key in ('dataset', 'datasets') if key in dataset]
         for key in wrapped:
-            yield from _datasets(dataset[key], f'{path}.{key}')
+            yield from datasets_of(dataset[key], f'{path}.{key}')
         if not wrapped:
             yield path, dataset
 
@@ -247,9 +261,9 @@ def _check_file(file: Any, setting: str, mend: str = '') -> None:
     if not isinstance(file, str) or not file or '://' in file:
         return
     advice = f'put the file there or set {mend or setting}'
-    if not os.path.isfile(file):
+    if not os.path.exists(file):
         raise PreflightError(f'{setting}: {_shown(file)} does not exist: {advice}')
-    if os.path.getsize(file) == 0:
+    if not (os.listdir(file) if os.path.isdir(file) else os.path.getsize(file)):  # a folder of DOTA
         raise PreflightError(f'{setting}: {_shown(file)} is empty: {advice}')
 
 
@@ -316,27 +330,27 @@ def _resolve(checkpoint: str, setting: str, mend: str) -> str:
 
 def _check_last(last: Path, checkpoint: str) -> None:
     """A run that is killed in a save can leave this file empty, or what it names torn or gone."""
-    if checkpoint and ('://' in checkpoint or _can_be_resumed(os.path.expanduser(checkpoint))):
+    if checkpoint and ('://' in checkpoint or _step_of(os.path.expanduser(checkpoint)) >= 0):
         return
-    files = sorted(last.parent.glob('*.pth'), key=os.path.getmtime, reverse=True)
-    newest = next((file for file in files if _can_be_resumed(file)), None)
-    if newest is None and checkpoint:
-        return  # what is wrong with it is said by the checks of all checkpoints
+    same = last.parent / Path(checkpoint).name  # of a work dir that was copied or moved
+    steps = {file: _step_of(file) for file in sorted(last.parent.glob('*.pth'))}
+    newest = same if steps.get(same, -1) >= 0 else max(steps, key=steps.__getitem__, default=None)
+    if newest is None or steps[newest] < 0:
+        if checkpoint:
+            return  # what is wrong with it is said by the checks of all checkpoints
+        newest = None
     mend = f'give --resume {newest}, the newest that can be' if newest else 'train without --resume'
-    if checkpoint:
-        raise PreflightError(
-            f'{last} names {checkpoint}, which cannot be resumed, perhaps since a run was killed '
-            f'in a save: {mend}'
-        )
-    raise PreflightError(f'{last} is empty, perhaps since a run was killed in a save: {mend}')
+    what = f'names {checkpoint}, which cannot be resumed' if checkpoint else 'is empty'
+    raise PreflightError(f'{last} {what}, perhaps since a run was killed in a save: {mend}')
 
 
-def _can_be_resumed(file: str | Path) -> bool:
-    try:
+def _step_of(file: str | Path) -> int:
+    """The iteration of a checkpoint that can be resumed, else -1."""
+    with suppress(CheckpointError):
         content = read_torch(file)
-    except CheckpointError:
-        return False
-    return isinstance(content, dict) and {'meta', 'message_hub'} <= content.keys()
+        if isinstance(content, dict) and {'meta', 'message_hub'} <= content.keys():
+            return int(dict(content['meta']).get('iter', 0))
+    return -1
 
 
 def _check_url(url: str, setting: str, mend: str) -> None:
@@ -400,6 +414,12 @@ def _text(value: Any, setting: str, meant: str) -> str:
 
 def _shown(path: str) -> str:
     return path if os.path.isabs(path) else f'{path} (in {Path.cwd()})'
+
+
+def named(error: BaseException) -> str:
+    """Its class, and the first line of its text."""
+    name, line = type(error).__name__, one_line(error)
+    return name if line == name else f'{name}: {line}'
 
 
 def one_line(error: BaseException) -> str:

@@ -14,8 +14,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs/errors.md'
-# Generators whose texts are raised as a PreflightError by their caller.
-COLLECTING = {'preflight_classes.py': 'PreflightError'}
 INSIDE = ('safe_globals.py',)  # raised to torch.load, which has its own words
 PREFIXES = ('psBN', 'psSyncBN', 'CollapseHook', 'RecoveryHook', 'SwitchNorms', 'draw_channels')
 INTRODUCTION = """# Errors
@@ -55,7 +53,6 @@ def text_of(node: ast.AST | None) -> str:
 
 def messages(path: Path) -> Iterator[tuple[str, str]]:
     """Text and class of each error in a file."""
-    kind = COLLECTING.get(path.name)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             call = node.exc
@@ -65,8 +62,6 @@ def messages(path: Path) -> Iterator[tuple[str, str]]:
             found, name = text_of(node.args[0]), 'SystemExit'
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == 'error_msgs.append':
             found, name = text_of(node.args[0]), 'RuntimeError'
-        elif kind and isinstance(node, ast.Yield):
-            found, name = text_of(node.value), kind
         else:
             continue
         if re.search(r'[a-z]{3}', found):

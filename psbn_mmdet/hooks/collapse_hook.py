@@ -31,7 +31,7 @@ from .journal import Journal
 from .lineage import recall_unstarted, remember_unstarted
 from .parts import Parts
 from .recovery_hook import RecoveryHook
-from .refusals import is_count, optimizers_of, refuse_model, unwrapped
+from .refusals import is_count, optimizers_of, refuse_model, unwrapped, will_train
 from .scalars import draw_stages, drop_scalars, log_scalars
 from .weight_decay import unstepped_warning, weight_decay_warning
 
@@ -120,7 +120,8 @@ class CollapseHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Refuse what psBN or the counting cannot work with, before time is spent on it."""
-        refuse_model(runner)
+        if will_train(runner):
+            refuse_model(runner)
 
     def before_train(self, runner: Runner) -> None:
         """Take the baseline, warn of settings without recovery, attach to the optimisers."""

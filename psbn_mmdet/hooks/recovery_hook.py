@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..collapse import Recovery, StepTrace, Structure, find_norms, watch_steps
 from ..layers import PostShiftedBatchNorm
-from .refusals import is_count, optimizers_of, refuse_model, unwrapped
+from .refusals import is_count, optimizers_of, refuse_model, unwrapped, will_train
 from .weight_decay import unstepped_warning
 
 STATE = 'psbn_recovery'  # of a checkpoint
@@ -72,6 +72,8 @@ class RecoveryHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Refuse what cannot work, before time is spent on it."""
+        if not will_train(runner):
+            return
         refuse_model(runner)
         norms = find_norms(unwrapped(runner.model)).values()
         if not any(isinstance(norm, PostShiftedBatchNorm) for norm in norms):

@@ -8,6 +8,7 @@ from mmengine.dist import all_gather_object, barrier
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
+from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def is_count(value: object) -> bool:
     """Whether an argument is an integer >= 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def will_train(runner: Runner) -> bool:
+    """Whether a run that begins is a training; the others keep its config unbuilt."""
+    return isinstance(runner._train_loop, BaseLoop)
 
 
 def refuse_model(runner: Runner) -> None:
