@@ -60,6 +60,7 @@ def folder(tmp_path_factory) -> Path:
         model = MODELS.build(cfg.model)
     for norm in find_norms(model).values():  # as if trained
         torch.nn.init.normal_(norm.weight, 1, 0.01)
+        torch.nn.init.normal_(norm.running_mean)
     torch.save(dict(state_dict=model.state_dict(), meta=dict(epoch=1)), folder / 'well.pth')
     norms = model.backbone.layer1[0]
     norms.bn1.weight.data[2] = 0  # vanished, but alive
@@ -297,3 +298,20 @@ model = dict(type='Taught')
         assert not bomb.path.exists(), command
         assert 'the model of config.py loads a file that may run any code' in result.stderr
         assert 'Traceback' not in result.stderr
+
+
+def test_folded_statistics_are_told_and_left(folder, tmp_path):
+    content = read_content(folder / 'collapsed.pth')
+    for key, value in content['state_dict'].items():
+        if 'running_' in key:
+            value.fill_(key.endswith('var'))
+    torch.save(content, tmp_path / 'caffe.pth')
+    result = run('audit.py', 'caffe.pth', cwd=tmp_path)
+    assert 'are not known in 20 layers: their running statistics are 0 and 1' in result.stdout
+    total = json.loads(run('audit.py', 'caffe.pth', '--format', 'json', cwd=tmp_path).stdout)[
+        'total'
+    ]
+    assert total['collapsed'] == total['dead'] == 0
+    config = ['--config', folder / 'detector.py']
+    result = run('revive.py', 'caffe.pth', 'out.pth', *config, cwd=tmp_path)
+    assert '0 filters opened, to b = 0.02\n    20 layers left: their running' in result.stdout

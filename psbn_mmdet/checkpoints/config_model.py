@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Collection
 
@@ -16,6 +17,9 @@ from ..collapse import Structure, find_norms, trace_structure
 from .formats import CheckpointError
 
 SIDE = 256  # pixels; a multiple of all strides of the detectors
+# What models of MMEngine's libraries take, after their data preprocessors: an image, and frames of
+# a video for networks in two and in three dimensions.
+INPUTS = ((1, 3, SIDE, SIDE), (1, 8, 3, SIDE, SIDE), (1, 1, 3, 8, SIDE, SIDE))
 
 
 def structure_of_config(cfg: Config, names: Collection[str]) -> Structure:
@@ -98,9 +102,9 @@ def _trace(model: nn.Module) -> Structure:
         from mmdet.models.detectors.base import BaseDetector
         from mmdet.structures import DetDataSample
     except ImportError:  # a project of another library
-        return trace_structure(model, torch.randn(1, 3, SIDE, SIDE), mode='tensor')
+        return _trace_other(model)
     if not isinstance(model, BaseDetector):
-        return trace_structure(model, torch.randn(1, 3, SIDE, SIDE), mode='tensor')
+        return _trace_other(model)
     shape = (SIDE, SIDE)
     sample = DetDataSample(
         metainfo=dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0), img_id=0)
@@ -108,3 +112,15 @@ def _trace(model: nn.Module) -> Structure:
     image = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8)
     data = model.data_preprocessor(dict(inputs=[image], data_samples=[sample]), False)
     return trace_structure(model, **data, mode='predict')
+
+
+def _trace_other(model: nn.Module) -> Structure:
+    """By whichever input the model takes; some want data samples, which count for nothing."""
+    first = None
+    for shape, more in itertools.product(INPUTS, ((), (None,))):
+        try:
+            return trace_structure(model, torch.randn(shape), *more, mode='tensor')
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first

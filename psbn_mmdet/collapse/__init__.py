@@ -2,6 +2,7 @@
 
 from .census import (
     ASSUMED,
+    FOLDED,
     RECTIFIERS,
     Census,
     LayerCensus,
@@ -27,6 +28,7 @@ from .structure import (
 
 __all__ = [
     'ASSUMED',
+    'FOLDED',
     'RECTIFIERS',
     'Census',
     'GradientWatch',

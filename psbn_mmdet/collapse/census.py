@@ -2,7 +2,8 @@
 
 Four facts are told apart, each per BN or psBN channel with its gamma and its bias b:
 
-- *vanished*: ``|gamma| <= tau``. The filter's response no longer reaches the output.
+- *vanished*: ``|gamma| <= tau``. The filter's response no longer reaches the output. In training
+  gamma must also have come to rest: a healthy one that crosses 0 has not vanished.
 - *dead*: ``b + k * |gamma| <= 0``, predicted from the parameters of a BN whose output goes
   straight into a rectifier. With xhat ~ N(0, 1) and k = 3 the rectifier then passes something for
   at most Phi(-3) = 0.135 % of the inputs.
@@ -10,14 +11,19 @@ Four facts are told apart, each per BN or psBN channel with its gamma and its bi
   Measured in training (see :mod:`.gradients`), exact for any activation, wherever it stands.
 - *broken*: gamma or b is not a finite number.
 
+Of a *folded* layer neither vanished nor dead is known: its running statistics are 0 and 1, as they
+were initialised, but its gammas are trained, as in the Caffe weights of MMDetection's ResNets,
+where the statistics were multiplied into them. There xhat is not normalised, and nothing follows
+from gamma and b. (A layer that is in training mode normalises by the batch.)
+
 *Collapsed* is vanished, dead, trapped or broken, as far as each is known for the layer.
 
 An *unstarted* filter is none of these: it has lost nothing, since it has not begun. Filters are
 unstarted in a layer that is as its initialisation left it: all its gammas are equal, so are all its
 biases, and its running statistics are 0 and 1, if it has any. Among them are those that
 ``zero_init_residual`` starts at gamma = 0. In training a filter begins once a gradient has reached
-it and ``|gamma| > tau``. In a layer that has been trained, such as one of a checkpoint, all have
-begun, unless the training has told otherwise.
+it and its gamma is, or was at the start, larger than ten times tau. In a layer that has been
+trained, such as one of a checkpoint, all have begun, unless the training has told otherwise.
 """
 
 from __future__ import annotations
@@ -44,6 +50,10 @@ from ..records import KINDS, stage_of
 RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
 # What follows a layer is not known, and taken for a rectifier.
 ASSUMED = 'assumed'
+FOLDED = (
+    'their running statistics are 0 and 1, as where they were folded into gamma and bias, so '
+    'nothing follows from these'
+)
 _ENTRIES = ('weight', 'bias', 'running_mean', 'running_var')
 MOST_K = 10**6  # standard deviations; with far more, float32 overflows
 
@@ -61,9 +71,10 @@ class LayerCensus:
         rectifier (str, optional): What follows the layer: 'relu', 'leaky_relu', 'other' for
             anything else, None if it is not known, 'assumed' if it is taken for a rectifier.
         unstarted (np.ndarray): Bool, shape (C,).
-        vanished (np.ndarray): Bool, shape (C,).
-        dead (np.ndarray, optional): Bool, shape (C,), None if no rectifier is known or assumed to
-            follow.
+        folded (bool): Whether nothing can be told from gamma and b.
+        vanished (np.ndarray, optional): Bool, shape (C,), None in a folded layer.
+        dead (np.ndarray, optional): Bool, shape (C,), None in a folded layer, and if no rectifier
+            is known or assumed to follow.
         trapped (np.ndarray, optional): Bool, shape (C,), None if not observed.
         broken (np.ndarray): Bool, shape (C,).
     """
@@ -75,7 +86,8 @@ class LayerCensus:
     frozen: bool
     rectifier: str | None
     unstarted: np.ndarray
-    vanished: np.ndarray
+    folded: bool
+    vanished: np.ndarray | None
     dead: np.ndarray | None
     trapped: np.ndarray | None
     broken: np.ndarray
@@ -162,10 +174,12 @@ class Census:
         rectifiers: Mapping[str, str] | None = None,
         trapped: Mapping[str, np.ndarray] | None = None,
         unstarted: Mapping[str, np.ndarray] | None = None,
+        moving: Mapping[str, np.ndarray] | None = None,
     ) -> Census:
         """The same parameters, judged by what is known now; for the arguments see the functions.
 
-        In layers that are not in ``unstarted`` the filters stay unstarted that were.
+        In layers that are not in ``unstarted`` the filters stay unstarted that were. Those whose
+        gamma is ``moving`` have not vanished.
         """
         return Census(
             [
@@ -180,6 +194,8 @@ class Census:
                     (rectifiers or {}).get(layer.name),
                     (trapped or {}).get(layer.name),
                     (unstarted or {}).get(layer.name, layer.unstarted),
+                    layer.folded,
+                    (moving or {}).get(layer.name, False),
                 )
                 for layer in self.layers
             ],
@@ -291,6 +307,7 @@ def census_of_model(
     )
     layers = []
     for (name, norm), gamma, bias in zip(norms.items(), gammas, biases):
+        fresh = _is_fresh(norm.running_mean, norm.running_var, len(gamma))
         kind = 'psBN' if isinstance(norm, PostShiftedBatchNorm) else 'BN'
         params = (norm.weight, norm.bias)
         frozen = not any(p is not None and p.requires_grad for p in params)
@@ -305,7 +322,8 @@ def census_of_model(
                 k,
                 (rectifiers or {}).get(name),
                 (trapped or {}).get(name),
-                _unstarted(name, gamma, bias, norm.running_mean, norm.running_var, unstarted),
+                _unstarted(name, gamma, bias, fresh, unstarted),
+                _is_folded(gamma, fresh, norm.running_mean) and not norm.training,
             )
         )
     return Census(layers, tau, k)
@@ -349,8 +367,12 @@ def census_of_state_dict(
         bias = _to_numpy([state_dict[entry_key(name, 'bias')]])
         rectifier = (rectifiers or {}).get(name)
         mean, var = (state_dict.get(entry_key(name, f'running_{what}')) for what in ('mean', 'var'))
-        fresh = _unstarted(name, gamma, bias, mean, var, unstarted)
-        layers.append(_judge(name, 'BN', gamma, bias, False, tau, k, rectifier, None, fresh))
+        fresh = _is_fresh(mean, var, len(gamma))
+        begins = _unstarted(name, gamma, bias, fresh, unstarted)
+        folded = _is_folded(gamma, fresh, mean)
+        layers.append(
+            _judge(name, 'BN', gamma, bias, False, tau, k, rectifier, None, begins, folded)
+        )
     return Census(layers, tau, k)
 
 
@@ -365,11 +387,13 @@ def _judge(
     rectifier: str | None,
     trapped: np.ndarray | None,
     unstarted: np.ndarray,
+    folded: bool,
+    moving: np.ndarray | bool = False,
 ) -> LayerCensus:
     begun = ~unstarted
     # NaN and infinity are broken, and nothing else; of what k makes infinite the sign is right.
     with np.errstate(invalid='ignore', over='ignore'):
-        vanished = (np.abs(gamma) <= tau) & begun
+        vanished = (np.abs(gamma) <= tau) & begun & np.logical_not(moving)
         dead = rectifier_closed(gamma, bias, k) & begun
     return LayerCensus(
         name=name,
@@ -379,8 +403,9 @@ def _judge(
         frozen=frozen,
         rectifier=rectifier,
         unstarted=unstarted,
-        vanished=vanished,
-        dead=dead if rectifier in (*RECTIFIERS, ASSUMED) else None,
+        folded=folded,
+        vanished=None if folded else vanished,
+        dead=dead if rectifier in (*RECTIFIERS, ASSUMED) and not folded else None,
         trapped=None if frozen or trapped is None else trapped & begun,
         broken=~(np.isfinite(gamma) & np.isfinite(bias)),
     )
@@ -390,18 +415,30 @@ def _unstarted(
     name: str,
     gamma: np.ndarray,
     bias: np.ndarray,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
+    fresh: bool,
     known: Mapping[str, np.ndarray] | None,
 ) -> np.ndarray:
     """The channels that have not begun: those that are known, or all of a layer as initialised."""
     if known is not None and name in known:
         return known[name]
     # One channel alone tells nothing.
-    alike = len(gamma) > 1 and bool((gamma == gamma[0]).all() and (bias == bias[0]).all())
-    if alike and mean is not None and var is not None:
-        alike = _all_equal(mean, 0, len(gamma)) and _all_equal(var, 1, len(gamma))
-    return np.full(len(gamma), alike)
+    return np.full(len(gamma), fresh and len(gamma) > 1 and _are_alike(gamma, bias))
+
+
+def _is_folded(gamma: np.ndarray, fresh: bool, mean: Any) -> bool:
+    """Trained gammas differ, those of a new layer do not, but for some that were set by hand."""
+    return fresh and mean is not None and len(np.unique(gamma)) > max(1, len(gamma) / 2)
+
+
+def _are_alike(gamma: np.ndarray, bias: np.ndarray) -> bool:
+    return bool((gamma == gamma[0]).all() and (bias == bias[0]).all())
+
+
+def _is_fresh(mean: Any, var: Any, channels: int) -> bool:
+    """Whether running statistics are as they are initialised, if there are any."""
+    if mean is None or var is None:
+        return True
+    return _all_equal(mean, 0, channels) and _all_equal(var, 1, channels)
 
 
 def _all_equal(values: Any, wanted: float, channels: int) -> bool:

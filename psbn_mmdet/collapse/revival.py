@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers import entry_key, find_norm_states, rectifier_closed
+from ..layers import entry_key, rectifier_closed
+from .census import census_of_state_dict
 from .restore import lost_factor, multiply, reading_dim, restore_own
 from .structure import Structure
 
@@ -25,7 +26,8 @@ def revive(
     """Open the closed filters of BN or psBN layers: gradient reaches them in the first step.
 
     Closed are those with ``b + 3 * |gamma| <= 0`` before a ReLU. Their bias is set to ``bias``, and
-    decayed weights around them are restored (:mod:`.restore`). This changes what the network
+    decayed weights around them are restored (:mod:`.restore`). Folded layers, of which it cannot be
+    told (:mod:`.census`), are left. This changes what the network
     computes, by what these filters put out, which is about ``bias``.
 
     Args:
@@ -53,8 +55,9 @@ def revive(
                 found[name] = new[key] = new[key].clone()
         return found
 
-    for name, unknown in find_norm_states(state_dict).items():
-        if unknown or structure.rectifiers.get(name) != 'relu':
+    for layer in census_of_state_dict(state_dict).layers:
+        name = layer.name
+        if layer.folded or structure.rectifiers.get(name) != 'relu':
             continue
         gamma, b = (state_dict[entry_key(name, entry)].float() for entry in ('weight', 'bias'))
         closed = rectifier_closed(gamma, b)

@@ -18,7 +18,7 @@ from ..checkpoints import (
     wrapper_of,
     write_content,
 )
-from ..collapse import revive
+from ..collapse import FOLDED, census_of_state_dict, revive
 from ..collapse.revival import OPEN
 from ..layers import find_norm_states
 from ..preflight import load_config
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             new, opened = revive(state_dict, structure.renamed('', wrapper_of(state_dict)))
             state_dict.update(new)
             total = sum(map(len, opened.values()))
+            folded = sum(layer.folded for layer in census_of_state_dict(state_dict).layers)
             lines.append(f'  {key or "the file itself"}: {total} filters opened, to b = {OPEN:g}')
+            if folded:
+                lines.append(f'    {folded} layers left: {FOLDED}')
             lines += [f'    {name}: {", ".join(map(str, which))}' for name, which in opened.items()]
         write_content(content, args.out)
         say('\n'.join([f'{args.out}: {args.checkpoint}, revived', *lines]))

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..collapse import (
+    FOLDED,
     Census,
     GradientWatch,
     StepTrace,
@@ -40,13 +41,14 @@ from .weight_decay import unstepped_warning, weight_decay_warning
 class CollapseHook(Hook):
     """Count the collapsed filters of BN and psBN layers during training.
 
-    Every ``interval`` iterations the counts go to the message hub as ``train/collapse/...``, so
-    that the text log, the JSON log and every visualizer backend have them. With the channels'
-    numbers they go to ``<work_dir>/<timestamp>/collapse.jsonl``, which a resumed run continues in
-    its own folder. All gammas and biases are kept beside it, in ``snapshots``, from the start,
-    from each epoch's end and from the end of the training. After each epoch a table by stage is
-    logged, and TensorBoard, where it is among the visualizer's backends, gets each stage's number
-    of collapsed filters and the histograms of its gammas and biases.
+    Every ``interval`` iterations, and at the end, the counts go to the message hub as
+    ``train/collapse/...``, so that the text log, the JSON log and every visualizer backend have
+    them. With the channels' numbers they go to ``<work_dir>/<timestamp>/collapse.jsonl``, which a
+    resumed run continues in its own folder. All gammas and biases are kept beside it, in
+    ``snapshots``, from the start, from each epoch's end and from the end of the training. After
+    each epoch a table by stage is logged, and TensorBoard, where it is among the visualizer's
+    backends, gets each stage's number of collapsed filters and the histograms of its gammas and
+    biases.
 
     What *vanished*, *dead*, *trapped*, *broken*, *collapsed* and *unstarted* mean is said in
     :mod:`psbn_mmdet.collapse.census`. *New* and *revived* filters have become or ceased to be
@@ -153,7 +155,7 @@ class CollapseHook(Hook):
         if self._watch.failure is not None:
             self._parts.fail('counts', self._watch.failure)
         elif self.every_n_train_iters(runner, self.interval):
-            self._parts.run('counts', self._report, runner, self._watch)
+            self._parts.run('counts', self._report, runner, self._watch, runner.iter + 1)
         if not self._parts.works('counts'):
             self._stop(runner)
 
@@ -166,7 +168,9 @@ class CollapseHook(Hook):
         self._parts.run('TensorBoard curves', self._draw, runner)
 
     def after_train(self, runner: Runner) -> None:
-        """Keep the last snapshot, note the end, detach from the optimisers."""
+        """Make the last report, keep the last snapshot, note the end, detach."""
+        if self._watch is not None and runner.iter > self._reported:
+            self._parts.run('counts', self._report, runner, self._watch, runner.iter)
         if self._watch is not None:
             self._parts.run('snapshots', self._keep_snapshot, runner)
             self._parts.run('records', self._journal.end)
@@ -178,9 +182,11 @@ class CollapseHook(Hook):
         self._begin = runner.iter
         self._watch = GradientWatch(optimizers, norms, self._begin)
         self._steps = 0  # at the last report
+        self._reported = self._begin  # its iterations
         self._rectifiers: dict[str, str] = {}
         self._table = EpochTable()
         self._told: set[str] = set()  # layers of which a warning has told
+        self._folded: set[str] = set()
         self._idle: set[str] = set()  # likewise, of those without any gradient
         self._names: set[str] = set()
         start = self._census()
@@ -193,7 +199,7 @@ class CollapseHook(Hook):
         settings = dict(interval=self.interval, window=self.window, tau=self.tau, k=self.k)
         shifts = {name: getattr(norm, 'shift', 0.0) for name, norm in norms.items()}
         self._journal = Journal(self._parts, shifts, settings)
-        self._history = History(start, self._journal.begin(runner, start))
+        self._history = History(start, self.window, self._journal.begin(runner, start))
         self._parts.run('snapshots', self._keep_snapshot, runner)
         self._loaded = start
         self._schedules = self._parts.run('forecasts', _read_schedules, runner, norms)
@@ -217,7 +223,8 @@ class CollapseHook(Hook):
         return Census(kept, self.tau, self.k)
 
     def _judged(self) -> Census:
-        return self._census().judged(self._rectifiers, unstarted=self._history.unstarted)
+        history = self._history
+        return self._census().judged(self._rectifiers, None, history.unstarted, history.moving)
 
     def _start_trace(self, runner: Runner) -> StepTrace | None:
         if runner.cfg.get('compile') and not hasattr(torch.compiler, 'set_stance'):
@@ -255,7 +262,9 @@ class CollapseHook(Hook):
             if forecast is not None:
                 runner.logger.info(f'CollapseHook: {forecast.text()}')
 
-    def _report(self, runner: Runner, watch: GradientWatch) -> None:
+    def _report(self, runner: Runner, watch: GradientWatch, iteration: int) -> None:
+        """Report what is so after a number of iterations."""
+        self._reported = iteration
         if self._trace is not None:
             self._rectifiers = self._trace.structure.rectifiers
         steps, self._steps = watch.steps - self._steps, watch.steps
@@ -264,16 +273,19 @@ class CollapseHook(Hook):
         recovery = _recovery_hook(runner)
         recovered = None if recovery is None else recovery.take_opened()
         reached = watch.reached()
-        report = self._history.add(now, self._rectifiers, trapped, reached, recovered)
+        report = self._history.add(iteration, now, self._rectifiers, trapped, reached, recovered)
         log_scalars(runner.message_hub, report, self.scalars, self.by_stage)
-        self._warn(runner, report, watch.layers, steps)
-        if steps and runner.iter + 1 - self._begin >= self.window:
+        self._warn(runner, report, watch.layers, steps, iteration)
+        self._tell_of_folded(runner, report)
+        if steps and iteration - self._begin >= self.window:
             self._warn_of_idle(runner, report, watch.idle(self.window))
-        self._table.add(runner.iter + 1, report)
+        self._table.add(iteration, report)
         remember_unstarted(runner.message_hub, self._history.unstarted)
-        self._parts.run('records', self._journal.write, runner, report, steps)
+        self._parts.run('records', self._journal.write, runner, report, iteration, steps)
 
-    def _warn(self, runner: Runner, report: Report, watched: set[str], steps: int) -> None:
+    def _warn(
+        self, runner: Runner, report: Report, watched: set[str], steps: int, iteration: int
+    ) -> None:
         trained = any(not layer.frozen and layer.name in watched for layer in report.census.layers)
         if steps == 0 and trained:
             runner.logger.warning(
@@ -286,7 +298,7 @@ class CollapseHook(Hook):
             self._told.update(layer.name for layer in new)
             where = ', '.join(f'{int(layer.broken.sum())} in {layer.name}' for layer in new)
             runner.logger.warning(
-                f'CollapseHook: at iteration {runner.iter + 1} gamma or bias of filters is not a '
+                f'CollapseHook: at iteration {iteration} gamma or bias of filters is not a '
                 f'finite number: {where}.'
             )
         added = find_norms(self._model).keys() - self._names - self._told
@@ -295,6 +307,16 @@ class CollapseHook(Hook):
             runner.logger.warning(
                 'CollapseHook: layers that were added during the training are not counted: '
                 f'{", ".join(sorted(added))}.'
+            )
+
+    def _tell_of_folded(self, runner: Runner, report: Report) -> None:
+        names = [layer.name for layer in report.census.layers if layer.folded]
+        new = [name for name in names if name not in self._folded]
+        self._folded.update(new)
+        if new:
+            runner.logger.info(
+                f'CollapseHook: vanished and dead filters are not counted in {len(new)} layers, '
+                f'which do not train their statistics: {FOLDED}: {", ".join(new)}.'
             )
 
     def _warn_of_idle(self, runner: Runner, report: Report, idle: set[str]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import locale
+import sys
 
+import rich.box
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +46,8 @@ class EpochTable:
         report, iteration = self._last or report_of(now), self._iteration or iteration
         columns = {kind: report.by_stage(kind) for kind in COLUMNS}
         columns |= {kind: dict(sums) for kind, sums in self._changes.items()}
-        table = Table(title=f'Collapsed filters at iteration {iteration}')
+        boxes = rich.box.HEAVY_HEAD if _can_be_written('┏━') else rich.box.ASCII
+        table = Table(box=boxes, title=f'Collapsed filters at iteration {iteration}')
         table.add_column('stage', no_wrap=True)
         for name in ('filters', 'frozen', *columns):
             table.add_column(name, justify='right')
@@ -57,6 +61,17 @@ class EpochTable:
         text = io.StringIO()
         Console(file=text, width=120).print(table)
         return f'\n{text.getvalue().rstrip()}\n{FOOT}'
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether the log's stream and its file, which has the locale's encoding, can take a text."""
+    encodings = {getattr(sys.stdout, 'encoding', None), locale.getpreferredencoding(False)}
+    try:
+        for encoding in filter(None, encodings):
+            text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _cell(count: int | None) -> str:

@@ -13,6 +13,8 @@ from ..records import KINDS, Records, format_ranges
 
 COUNTS = (*KINDS, 'collapsed', 'new', 'revived', 'unstarted')
 RECOVERED = 'recovered'  # a kind that there is with RecoveryHook only
+BEGUN = 10  # times tau; gammas that start at 0 linger there
+REST = 0.25  # times tau; a gamma at rest moves less
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,25 @@ class History:
 
     Args:
         start (Census): Of the start, with the filters that are unstarted.
+        window (int): Iterations for which a gamma must be at rest, if it has moved at all.
         records (Records, optional): The record of the run that is continued; its last report is
             where this one goes on. Defaults to None.
 
     Attributes:
         collapsed (dict[str, np.ndarray]): Collapsed channels at the last report; empty before.
         unstarted (dict[str, np.ndarray]): Channels that have not begun.
+        moving (dict[str, np.ndarray]): Channels whose gamma is not at rest.
     """
 
-    def __init__(self, start: Census, records: Records | None = None) -> None:
+    def __init__(self, start: Census, window: int, records: Records | None = None) -> None:
         self._start = start
+        self._window = window
+        # Where each gamma was when it last moved, and at which iteration.
+        self._rested: dict[str, np.ndarray] = {layer.name: layer.gamma for layer in start.layers}
+        self._moved: dict[str, np.ndarray] = {
+            layer.name: np.full(layer.channels, -np.inf) for layer in start.layers
+        }
+        self.moving: dict[str, np.ndarray] = {}
         self._rectifiers: set[str] = set()  # layers for which they were known at the last report
         self._trapped: dict[str, np.ndarray] = {}  # as last observed
         self.collapsed: dict[str, np.ndarray] = {}
@@ -94,6 +105,7 @@ class History:
 
     def add(
         self,
+        iteration: int,
         now: Census,
         rectifiers: Mapping[str, str],
         trapped: Mapping[str, np.ndarray],
@@ -103,6 +115,7 @@ class History:
         """Find what is so now, and what has changed.
 
         Args:
+            iteration (int): The number of iterations made.
             now (Census): Of the same layers as at the start.
             rectifiers (Mapping[str, str]): What follows each layer, as far as it is known.
             trapped (Mapping[str, np.ndarray]): Trapped channels of the layers that were observed.
@@ -115,9 +128,15 @@ class History:
             Report: Of all kinds.
         """
         for layer in now.layers:
-            begins = reached.get(layer.name, False) & (np.abs(layer.gamma) > now.tau)
-            self.unstarted[layer.name] = self.unstarted[layer.name] & ~begins
-        now = now.judged(rectifiers, trapped, self.unstarted)
+            name, gamma = layer.name, layer.gamma
+            largest = np.maximum(np.abs(gamma), np.abs(self._start[name].gamma))
+            begins = reached.get(name, False) & (largest > BEGUN * now.tau)
+            self.unstarted[name] = self.unstarted[name] & ~begins
+            moves = np.abs(gamma - self._rested[name]) > REST * now.tau
+            self._rested[name] = np.where(moves, gamma, self._rested[name])
+            self._moved[name] = np.where(moves, iteration, self._moved[name])
+            self.moving[name] = iteration - self._moved[name] < self._window
+        now = now.judged(rectifiers, trapped, self.unstarted, self.moving)
         start = self._start.judged(rectifiers)
         report = report_of(now)
         report.masks.update(collapsed=[], new=[], revived=[])
@@ -128,8 +147,9 @@ class History:
             # Where nothing was observed, in a window without steps or a layer that was frozen
             # meanwhile, what was trapped is taken to be so still.
             collapsed = layer.collapsed | (self._trapped.get(name, False) & ~layer.unstarted)
-            before = self.collapsed.get(name, first.collapsed)
-            if first.dead is not None and name not in self._rectifiers:
+            known = first.broken if layer.folded else first.collapsed
+            before = self.collapsed.get(name, known)
+            if first.dead is not None and not layer.folded and name not in self._rectifiers:
                 before = before | first.dead  # only now it is known
             report.masks['collapsed'].append(collapsed)
             report.masks['new'].append(collapsed & ~before)
@@ -146,6 +166,8 @@ class History:
             name = layer['name']
             self.collapsed[name] = records.mask(report, 'collapsed', index)
             self._trapped[name] = records.mask(report, 'trapped', index)
+            if report['layers']['dead'][index] is not None:
+                self._rectifiers.add(name)
             if report['layers']['trapped'][index] is None:  # then it is what makes up the rest
                 known = [records.mask(report, kind, index) for kind in KINDS if kind != 'trapped']
                 self._trapped[name] = self.collapsed[name] & ~np.logical_or.reduce(known)

@@ -66,8 +66,8 @@ class Journal:
         self._parts.run('snapshots', self._take_over, runner, self._earlier.parent)
         return records
 
-    def write(self, runner: Runner, report: Report, steps: int) -> None:
-        """Append a report to the record, with the number of optimiser steps since the last."""
+    def write(self, runner: Runner, report: Report, iteration: int, steps: int) -> None:
+        """Append the report after an iteration, with the number of steps since the last."""
         if self._writer is None:
             folder = self._own_folder(runner)
             header = self._header(folder, report.census)
@@ -75,8 +75,8 @@ class Journal:
         rates = runner.optim_wrapper.get_lr().items()
         self._writer.append(
             {
-                'iter': runner.iter + 1,
-                'epoch': runner.epoch + 1,
+                'iter': iteration,
+                'epoch': max(runner.epoch + (iteration > runner.iter), 1),  # in one, or at the end
                 'lr': {name: float(rate[0]) for name, rate in rates},  # may be tensors
                 'steps': steps,
                 **report.to_json(),

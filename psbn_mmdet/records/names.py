@@ -6,16 +6,19 @@ KINDS = ('vanished', 'dead', 'trapped', 'broken')  # see psbn_mmdet.collapse.cen
 # Keys of MMEngine's runtime information, which is in each checkpoint of a run.
 RECORD_INFO = 'collapse/record'  # the record's identity
 UNSTARTED_INFO = 'collapse/unstarted'  # channels that have not begun, as ranges by layer
+# What has whole networks in it, such as a teacher and a student.
+_AROUND = ('student', 'teacher', 'detector', 'reid', 'module')
 
 
 def stage_of(name: str) -> str:
     """The part of a network that a layer belongs to, from the layer's name.
 
     Examples:
-        >>> stage_of('backbone.layer1.0.bn1'), stage_of('neck.fpn_convs.0.bn')
-        ('backbone.layer1', 'neck')
+        >>> stage_of('backbone.layer1.0.bn1'), stage_of('teacher.neck.fpn_convs.0.bn')
+        ('backbone.layer1', 'teacher.neck')
     """
     parts = name.split('.')[:-1]
     if not parts:
         return name
-    return '.'.join(parts[:2]) if parts[0] == 'backbone' else parts[0]
+    around = 1 if parts[0] in _AROUND else 0
+    return '.'.join(parts[: around + (2 if 'backbone' in parts[around : around + 1] else 1)])

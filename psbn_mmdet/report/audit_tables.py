@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..atomic import replacing
-from ..collapse import Census, LayerCensus, compare
+from ..collapse import FOLDED, Census, LayerCensus, compare
 from ..forecast import Forecast
 from ..records import format_ranges
 from .channels import BLUE, draw_channels
@@ -55,13 +55,13 @@ class Audit:
         return 100 * (self.census.count('collapsed') or 0) / self.census.channels
 
     def rows(self) -> list[tuple[LayerCensus, dict[str, np.ndarray]]]:
-        """Each layer with its masks by kind; *dead* is all False where no rectifier follows."""
+        """Each layer with its masks by kind, all False where a kind is not known."""
         changes = compare(self.before, self.census) if self.before else {}
         rows = []
         for layer in self.census.layers:
             none = np.zeros(layer.channels, bool)
-            masks = {kind: getattr(layer, kind) for kind in KINDS}
-            masks['dead'] = none if layer.dead is None else layer.dead
+            known = {kind: getattr(layer, kind) for kind in KINDS}
+            masks = {kind: none if mask is None else mask for kind, mask in known.items()}
             if self.before:
                 masks['new'], masks['revived'] = changes.get(layer.name, (none, none))
             rows.append((layer, masks))
@@ -80,14 +80,15 @@ def audit_to_dict(audit: Audit) -> dict[str, Any]:
     """An audit as plain data for JSON.
 
     Returns:
-        dict: 'total' has the counts, 'layers' those of each layer with ``rectified`` (True, False
-        or, where it is not known, None) and ``which``, the channels of each kind.
+        dict: 'total' has the counts, 'layers' those of each layer, None where they are not known,
+        with ``rectified`` (True, False or, where it is not known, None) and ``which``, the channels
+        of each kind.
     """
     layers = [
         {
             'name': layer.name,
             'channels': layer.channels,
-            **{kind: int(mask.sum()) for kind, mask in masks.items()},
+            **{kind: _count(layer, kind, mask) for kind, mask in masks.items()},
             'rectified': layer.rectified,
             'which': {kind: np.flatnonzero(mask).tolist() for kind, mask in masks.items()},
         }
@@ -100,7 +101,7 @@ def audit_to_dict(audit: Audit) -> dict[str, Any]:
         'k': audit.census.k,
         'total': {
             'channels': audit.census.channels,
-            **{kind: sum(layer[kind] for layer in layers) for kind in kinds},
+            **{kind: sum(layer[kind] or 0 for layer in layers) for kind in kinds},
         },
         'layers': layers,
         **({'forecast': _forecast_to_dict(audit.forecast)} if audit.forecast else {}),
@@ -117,7 +118,7 @@ def audit_to_csv(audit: Audit) -> str:
     writer.writerow(['layer', 'rectified', 'channels', *kinds, 'which_collapsed'])
     for layer, masks in rows:
         rectified = {True: 'yes', False: 'no', None: ''}[layer.rectified]
-        counts = [int(masks[kind].sum()) for kind in kinds]
+        counts = [_count(layer, kind, masks[kind]) for kind in kinds]
         which = format_ranges(masks['collapsed']).replace(',', ' ')
         writer.writerow([printable(layer.name), rectified, layer.channels, *counts, which])
     totals = [sum(int(masks[kind].sum()) for _, masks in rows) for kind in kinds]
@@ -163,6 +164,12 @@ def audit_to_text(audit: Audit) -> str:
         )
     if audit.census.count('broken'):
         lines.append('Broken filters have a gamma or bias that is not a finite number.')
+    folded = [layer.name for layer, _ in rows if layer.folded]
+    if folded:
+        lines.append(
+            f'Vanished and dead filters are not known in {len(folded)} layers: {FOLDED}: '
+            f'{printable(", ".join(folded))}.'
+        )
     unknown = sum(layer.rectified is None for layer, _ in rows)
     if unknown:
         lines.append(
@@ -180,6 +187,10 @@ def audit_to_text(audit: Audit) -> str:
     elif audit.no_forecast:
         lines.append(f'No forecast of a training with psBN: {audit.no_forecast}.')
     return '\n'.join(lines)
+
+
+def _count(layer: LayerCensus, kind: str, mask: np.ndarray) -> int | None:
+    return None if layer.folded and kind in ('vanished', 'dead') else int(mask.sum())
 
 
 def _forecast_to_dict(forecast: Forecast) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .channels import GREY, YELLOW, draw_channels
-from .runs import Life, Run
+from .runs import SCORES, Life, Run
 from .stages import COLUMNS, stage_rows
 from .style import COLOURS, axis_from_zero, grid_shape, iterations_on, shorten, whole_numbers, wrap
 from .thinning import thin
@@ -272,7 +272,7 @@ def _apart(times: Sequence[int], pixel: float) -> list[int]:
 
 def scores(runs: Sequence[Run]) -> Figure | str:
     """AP and AP50 over epochs."""
-    names = [name for name in ('AP', 'AP50') if any(name in run.scores for run in runs)]
+    names = [name for name in SCORES if any(name in run.scores for run in runs)]
     if not names:
         return 'No AP: the logs (vis_data/scalars.json) have no validation yet.'
     figure = Figure(figsize=(WIDTH, 3.6), layout='constrained')

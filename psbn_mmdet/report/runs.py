@@ -35,7 +35,14 @@ from .thinning import Columns
 # What a record may claim, so that a damaged one takes no memory without bound.
 MOST_LAYERS, MOST_CHANGES, MOST_K = 10**4, 2 * 10**7, 10**6
 _COUNTS = {int, type(None)}
-SCORES = {'AP': r'(.*/)?(bbox_)?m?AP', 'AP50': r'(.*/)?(bbox_)?m?AP_?50'}
+_AP, _AP50 = r'(.*/)?(bbox_)?m?AP', r'(.*/)?(bbox_)?m?AP_?50'
+SCORES = {
+    'AP': f'(?!teacher/|student/){_AP}',
+    'AP50': f'(?!teacher/|student/){_AP50}',
+    # Both are validated where one learns from the other.
+    **{f'AP of the {of}': f'{of}/{_AP}' for of in ('teacher', 'student')},
+    **{f'AP50 of the {of}': f'{of}/{_AP50}' for of in ('teacher', 'student')},
+}
 SCORE_LOG = Path('vis_data', 'scalars.json')  # in a run's log folder
 
 
@@ -89,7 +96,8 @@ class Run:
         columns (Columns): Collapsed channels of each layer over iterations.
         last (dict): The last report.
         snapshots (list[Snapshot]): At the start, the middle and the end, as far as there are any.
-        scores (dict[str, tuple[list, list]]): Steps and values of 'AP' and 'AP50', where logged.
+        scores (dict[str, tuple[list, list]]): Steps and values of 'AP' and 'AP50', where logged,
+            and of those of a teacher and a student.
     """
 
     label: str
@@ -540,16 +548,22 @@ def _read_snapshots(found: dict[int, Path], events: _Events) -> list[Snapshot]:
 def _read_scores(record: Path) -> dict[str, tuple[list[int], list[float]]]:
     """AP and AP50 of the run and of those that it continues."""
     found: dict[str, dict[int, float]] = {name: {} for name in SCORES}
+    iteration, has_epochs = 0, True  # as the lines so far tell
 
     def take(number: int, values: dict[str, Any]) -> None:
+        nonlocal iteration, has_epochs
+        if 'loss' in values:
+            iteration = _integer(values['step'])
         if number == 1:  # a resumed run starts here: what came after in the earlier one is void
-            start = values.get('epoch', values.get('step', 0))
+            start = values.get('epoch', values.get('step', 0)) if has_epochs else iteration
             for name, scores in found.items():
                 found[name] = {step: score for step, score in scores.items() if step < start}
         for key, value in values.items():
             for name, pattern in SCORES.items():
                 if re.fullmatch(pattern, key) and math.isfinite(_number(value)):
-                    found[name][_integer(values['step'])] = float(value)
+                    step = _integer(values['step'])
+                    has_epochs = step > 0  # MMEngine logs 0 where there are none
+                    found[name][step or iteration] = float(value)
 
     for folder in _lineage(record):
         log = folder / SCORE_LOG

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import Tensor, nn
 
 from psbn_mmdet.checkpoints import CheckpointError, structure_of_config
 
@@ -42,6 +44,40 @@ def test_a_checkpoint_of_the_backbone_alone():
     assert found.rectifiers['bn1'] == 'relu'
     assert found.rectifiers['layer1.0.bn3'] == 'other'
     assert found.producers['layer1.0.bn2'] == 'layer1.0.conv2'
+
+
+@MODELS.register_module(force=True)
+class Pose(nn.Module):
+    """As the models of MMPose: data samples are asked for, though nothing needs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, inputs: Tensor, data_samples: list | None, mode: str = 'tensor') -> Tensor:
+        return self.bn(self.conv(inputs)).relu()
+
+
+@MODELS.register_module(force=True)
+class Video(nn.Module):
+    """As the recognizers of MMAction2: frames in place of an image."""
+
+    def __init__(self, is_3d: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 4, 3) if is_3d else nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm3d(4) if is_3d else nn.BatchNorm2d(4)
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = '') -> Tensor:
+        if inputs.dim() < 5:
+            raise ValueError('no frames')
+        return self.bn(self.conv(inputs.flatten(0, 1))).relu()
+
+
+@pytest.mark.parametrize(
+    'model', [dict(type='Pose'), dict(type='Video', is_3d=False), dict(type='Video', is_3d=True)]
+)
+def test_models_of_other_libraries_run_on_what_they_take(model):
+    assert structure_of_config(Config(dict(model=model)), ['bn']).rectifiers == {'bn': 'relu'}
 
 
 def test_a_model_that_cannot_be_built_is_named():

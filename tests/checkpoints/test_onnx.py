@@ -27,6 +27,8 @@ class Network(nn.Module):
         for norm in self.children():
             norm.weight.data.normal_(generator=generator)
             norm.bias.data.normal_(0, 3, generator=generator)
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean.normal_(generator=generator)
         self.relu.weight.data[0] = 0
 
     def forward(self, x):

@@ -137,6 +137,7 @@ def test_channels_that_are_said_to_be_unstarted_are_neither_of_the_kinds():
 def test_what_is_not_finite_is_broken_and_collapsed():
     nan, inf = math.nan, math.inf
     model = nn.Sequential(PostShiftedBatchNorm2d(6))
+    model[0].running_mean += 0.1
     model[0].weight.data = torch.tensor([nan, 1.0, inf, 1.0, 0.5, 0.0])
     model[0].bias.data = torch.tensor([0.0, nan, 0.0, -inf, 0.0, 0.0])
     for found in (

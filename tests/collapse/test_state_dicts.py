@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,10 @@ from psbn_mmdet.collapse import (
     census_of_model,
     census_of_state_dict,
     compare,
+    find_norms,
+    revive,
     trace_rectifiers,
+    trace_structure,
 )
 from psbn_mmdet.layers import find_norm_states
 
@@ -37,6 +41,7 @@ def small() -> nn.Sequential:
     model[1].weight.data = torch.tensor([0.0, 1.0, 0.5, 1e-3])
     model[1].bias.data = torch.tensor([0.1, -3.0, -1.6, -0.5])
     model[3].bias.data = torch.tensor([-3.5, 0.0, 0.0, 0.0])
+    model[1].running_mean += 0.1
     return model.eval()
 
 
@@ -150,3 +155,32 @@ def test_a_forward_pass_confirms_each_dead_filter(name, kind):
         assert max(passing.values()) < 1e-3
     # And hardly any other filter is zero on all of these images.
     assert len(closed) <= 1
+
+
+@with_checkpoints
+def test_nothing_is_told_of_statistics_that_were_folded_into_the_parameters():
+    """As in the Caffe weights of MMDetection; reviving them would ruin the network."""
+    model = CifarResNet(3)
+    model.load_state_dict(read_weights(DATA / 'checkpoints/resnet20-12fca82f.th').state_dict)
+    model.eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        y = model(x)
+        for norm in find_norms(model).values():
+            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+            norm.bias -= norm.running_mean * scale
+            norm.weight.copy_(scale * math.sqrt(1 + norm.eps))
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1)
+        assert torch.allclose(model(x), y, atol=1e-4)
+    structure = trace_structure(model, x)
+    for found in (
+        census_of_model(model, rectifiers=structure.rectifiers),
+        census_of_state_dict(model.state_dict(), rectifiers=structure.rectifiers),
+    ):
+        assert all(layer.folded for layer in found.layers)
+        assert found.count('dead') is found.count('vanished') is None
+        assert found.count('collapsed') == 0
+    assert revive(model.state_dict(), structure)[1] == {}
+    model.train()  # by the batch: gamma and bias tell again
+    assert census_of_model(model, rectifiers=structure.rectifiers).count('dead') is not None

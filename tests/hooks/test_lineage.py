@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MessageHub
 from small_run import Classifier, channels_of, records_of, run, texts
 from torch import nn
 
@@ -46,6 +47,42 @@ def test_resume_continues_the_record_without_repeating_an_iteration(tmp_path):
     for a, b in zip(resumed.reports, whole.reports):
         assert a['channels']['collapsed'] == b['channels']['collapsed'], a['iter']
         assert a['total']['revived'] == b['total']['revived'], a['iter']
+
+
+class Changing(Classifier):
+    """Filters 1 and 2 close in the tenth step, filter 2 opens again in the fourteenth."""
+
+    def train_step(self, data, optim_wrapper):
+        losses = super().train_step(data, optim_wrapper)
+        step = MessageHub.get_current_instance().get_info('iter') + 1
+        with torch.no_grad():
+            if step == 10:
+                self.stem[1].weight[1:3], self.stem[1].bias[1:3] = 0.01, -1.0
+            if step == 14:
+                self.stem[1].weight[2], self.stem[1].bias[2] = 1.0, 0.0
+        return losses
+
+
+def test_what_is_new_and_what_revived_is_the_same_after_a_resume(tmp_path):
+    hook = dict(type='CollapseHook', interval=8, window=8)
+    settings = dict(custom_hooks=[hook], default_hooks=dict(checkpoint=dict(type='CheckpointHook')))
+
+    def changes(folder, epochs, **kwargs):
+        time.sleep(1)
+        made = run(folder, Changing(killed={}), epochs=epochs, **settings, **kwargs)
+        found = records_of(made)
+        return {
+            r['iter']: [channels_of(found, r, kind) for kind in ('new', 'revived')]
+            for r in found.reports
+            if r['iter'] % 8 == 0
+        }
+
+    whole = changes(tmp_path / 'whole', 2)
+    assert whole[16] == [{'stem.1': [1]}, {}]
+    changes(tmp_path / 'run', 1)
+    first = find_record(tmp_path / 'run')  # with a report at its end
+    first.write_text(''.join(first.read_text().splitlines(True)[:-1]))  # as if killed after 12
+    assert changes(tmp_path / 'run', 2, resume=True)[16] == whole[16]
 
 
 def test_a_new_run_in_the_same_work_dir_starts_its_own_record(tmp_path):

@@ -277,3 +277,29 @@ def test_the_kept_runs_are_read_as_they_are():
         assert [s.iteration for s in run.snapshots] == [0, 720, 1440]
         scores = json.loads((kept / norm / 'scores.json').read_text())
         assert run.scores['AP'][1] == [score['AP'] for score in scores.values()]
+
+
+def test_the_scores_of_a_teacher_and_a_student_are_told_apart(tmp_path, write_run):
+    work_dir = write_run(tmp_path, scores={1: 0.1})
+    (log,) = work_dir.glob('*/vis_data/scalars.json')
+    line = {'teacher/coco/bbox_mAP': 0.4, 'student/coco/bbox_mAP': 0.3, 'step': 1}
+    log.write_text(json.dumps(line) + '\n')
+    assert read_run(work_dir, 'x').scores == {
+        'AP of the teacher': ([1], [0.4]),
+        'AP of the student': ([1], [0.3]),
+    }
+
+
+def test_a_validation_without_epochs_is_at_the_iteration_of_the_training_before(
+    tmp_path, write_run
+):
+    work_dir = write_run(tmp_path, [[], []], scores={1: 0.1})
+    (log,) = work_dir.glob('*/vis_data/scalars.json')
+    lines = []
+    for iteration, ap in ((100, 0.1), (200, 0.2), (300, 0.3)):
+        lines.append({'loss': 1.0, 'epoch': 1, 'iter': iteration, 'step': iteration})
+        lines.append({'coco/bbox_mAP': ap, 'step': 0})
+    log.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    run = read_run(work_dir, 'x')
+    assert run.scores == {'AP': ([100, 200, 300], [0.1, 0.2, 0.3])}
+    assert run.score_unit == 'iteration'
