@@ -14,7 +14,7 @@ from ..records import KINDS, Records, format_ranges
 COUNTS = (*KINDS, 'collapsed', 'new', 'revived', 'unstarted')
 RECOVERED = 'recovered'  # a kind that there is with RecoveryHook only
 BEGUN = 10  # times tau; gammas that start at 0 linger there
-REST = 0.25  # times tau; a gamma at rest moves less
+REST = 0.25  # times tau; a gamma at rest moves less in two windows
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class History:
 
     Args:
         start (Census): Of the start, with the filters that are unstarted.
-        window (int): Iterations for which a gamma must be at rest, if it has moved at all.
+        window (int): Half as many iterations as a gamma must be at rest, if it has moved at all.
         records (Records, optional): The record of the run that is continued; its last report is
             where this one goes on. Defaults to None.
 
@@ -135,7 +135,7 @@ class History:
             moves = np.abs(gamma - self._rested[name]) > REST * now.tau
             self._rested[name] = np.where(moves, gamma, self._rested[name])
             self._moved[name] = np.where(moves, iteration, self._moved[name])
-            self.moving[name] = iteration - self._moved[name] < self._window
+            self.moving[name] = iteration - self._moved[name] < 2 * self._window
         now = now.judged(rectifiers, trapped, self.unstarted, self.moving)
         start = self._start.judged(rectifiers)
         report = report_of(now)

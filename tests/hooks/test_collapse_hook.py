@@ -335,8 +335,8 @@ def test_a_gamma_that_came_to_rest_has_vanished(tmp_path):
     runner = run(tmp_path, model, hook=dict(interval=1, window=6), lr=1e-6)
     found = records_of(runner)
     vanished = {r['iter']: channels_of(found, r, 'vanished') for r in found.reports}
-    assert vanished[1] == vanished[10] == {'head.1': [1]}
-    assert vanished[11] == vanished[24] == {'stem.1': [2], 'head.1': [1]}
+    assert vanished[1] == vanished[16] == {'head.1': [1]}
+    assert vanished[17] == vanished[24] == {'stem.1': [2], 'head.1': [1]}
 
 
 class Folded(Classifier):
