@@ -6,7 +6,7 @@ import json
 import os
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +21,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
 from ..preflight import PreflightError, datasets_of, named, type_name
-from .refusals import unwrapped, will_train
+from .refusals import unwrapped
 
 LARGEST = 200e6  # bytes of an annotation file that is read once more
 SAMPLES = 50  # images that are looked for
@@ -52,7 +52,7 @@ class DataCheckHook(Hook):
             PreflightError: If they do not fit.
         """
         try:
-            for warning in _check(runner):
+            for warning in compare(unwrapped(runner.model), _built(runner)):
                 runner.logger.warning(f'DataCheckHook: {warning}.')
         except PreflightError:
             raise
@@ -68,6 +68,16 @@ class DataCheckHook(Hook):
         _check_weights(checkpoint, unwrapped(runner.model), f'checkpoint {runner._load_from}')
 
 
+def _built(runner: Runner) -> dict[str, tuple[Any, Sequence[Any]]]:
+    """Of the loops of this run; those of others are configs."""
+    loops = {stage: getattr(runner, f'_{stage}_loop') for stage in ('train', 'val', 'test')}
+    return {
+        stage: (loop.dataloader.dataset, () if stage == 'train' else loop.evaluator.metrics)
+        for stage, loop in loops.items()
+        if isinstance(loop, BaseLoop) and hasattr(loop, 'dataloader')
+    }
+
+
 def explain(error: Exception, cfg: Config) -> PreflightError | None:
     """One sentence for what MMDetection raises where data cannot be read, such as an empty list.
 
@@ -80,7 +90,7 @@ def explain(error: Exception, cfg: Config) -> PreflightError | None:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         dataset = frame.f_locals.get('self')
-        if isinstance(dataset, BaseDataset) and frame.f_code.co_name in ('__init__', 'full_init'):
+        if isinstance(dataset, BaseDataset) and frame.f_code.co_name == 'full_init':
             name, file = type(dataset).__name__, getattr(dataset, 'ann_file', None)
             paths = [
                 path
@@ -105,41 +115,50 @@ def explain(error: Exception, cfg: Config) -> PreflightError | None:
     return None
 
 
-def _check(runner: Runner) -> Iterator[str]:
-    network = unwrapped(runner.model)
+def compare(network: nn.Module, built: Mapping[str, tuple[Any, Sequence[Any]]]) -> Iterator[str]:
+    """Compare what the parts of a run take classes, labels and images for.
+
+    Args:
+        network (nn.Module): The model.
+        built (Mapping[str, tuple[Dataset, Sequence[BaseMetric]]]): For each of 'train', 'val' and
+            'test' that is run, the data set and the metrics.
+
+    Yields:
+        str: What is unusual.
+
+    Raises:
+        PreflightError: If a part cannot go with another.
+    """
     meanings: list[tuple[str, dict[int, str]]] = []  # of labels, and where they have them
     trained: dict[int, str] = {}
-    heads_are_checked = False
-    for stage in ('train', 'val', 'test'):
-        loop = getattr(runner, f'_{stage}_loop')
-        if not isinstance(loop, BaseLoop) or not hasattr(loop, 'dataloader'):
-            continue  # a config, which is not built in this run
-        sources = list(_sources(loop.dataloader.dataset, f'{stage}_dataloader.dataset'))
+    is_by_text = hasattr(network, 'language_model')  # which has other classes with each text
+    for stage, (dataset, metrics) in built.items():
+        sources = list(_sources(dataset, f'{stage}_dataloader.dataset'))
         for source in sources:
             yield from source.check(is_trained=stage == 'train')
-            meanings += [
-                (f'{source.path}.metainfo.classes', dict(enumerate(source.classes))),
-                (source.file, source.names),
-            ]
+            own = (f'{source.path}.metainfo.classes', dict(enumerate(source.classes)))
+            _check_meanings([own, (source.file, source.names)])
+            meanings += [own, (source.file, source.names)]
             if stage == 'train':
                 trained.update(source.names)
-            if not heads_are_checked:
+            if stage == next(iter(built)) and not is_by_text:
                 yield from _check_heads(network, source)
-        heads_are_checked = True
-        for number, metric in enumerate(loop.evaluator.metrics if stage != 'train' else ()):
-            if getattr(metric, '_coco_api', None) is not None and len(sources) == 1:
-                place = f'{stage}_evaluator.{number}'
-                names = _check_metric(place, metric._coco_api, sources[0])
-                meanings.append((f'the file of {place}', names))
-                missed = [name for label, name in trained.items() if label not in names]
-                if names and missed:
-                    raise PreflightError(
-                        f'{place}: {_listed(missed)}, which are trained, are not among the '
-                        f'categories of its file and {sources[0].path}.metainfo.classes, and the '
-                        'validation fails once one is detected: add them to both'
-                    )
-    _check_meanings(meanings)
-    if will_train(runner):
+        for number, metric in enumerate(metrics):
+            if getattr(metric, '_coco_api', None) is None or len(sources) != 1:
+                continue
+            place = f'{stage}_evaluator.{number}'
+            names = _check_metric(place, metric._coco_api, sources[0])
+            meanings.append((f'the file of {place}', names))
+            missed = [name for label, name in trained.items() if label not in names]
+            if names and missed and not is_by_text:
+                raise PreflightError(
+                    f'{place}: {_listed(missed)}, which are trained, are not among the categories '
+                    f'of its file and {sources[0].path}.metainfo.classes, and the validation fails '
+                    'once one is detected: add them to both'
+                )
+    if not is_by_text:
+        _check_meanings(meanings)
+    if 'train' in built:
         _check_pretrained(network)
 
 
@@ -163,7 +182,10 @@ class _Source:
         self.labels: dict[int, int] = getattr(dataset, 'cat2label', None) or {}
         content = _content_of(self.file) if hasattr(dataset, 'cat_ids') else {}
         self._of_id = {c['id']: c['name'] for c in content.get('categories', ())}
-        self._annotated = Counter(a.get('category_id') for a in content.get('annotations', ()))
+        annotations = [
+            a for a in content.get('annotations', ()) if 'category_id' in a
+        ]  # not panoptic
+        self._annotated = Counter(a['category_id'] for a in annotations)
         self.names = {k: self._of_id[i] for i, k in self.labels.items() if i in self._of_id}
         self.dropped = [n for i, n in self._of_id.items() if self._annotated[i]]
         self.dropped = [name for name in self.dropped if name not in self.classes]
@@ -280,9 +302,8 @@ def _check_heads(network: nn.Module, source: _Source) -> Iterator[str]:
         own_name = [part for part in name.split('.') if not part.isdigit()][-1:]
         key = 'num_things_classes' if hasattr(module, 'num_things_classes') else 'num_classes'
         given = getattr(module, key, None)
-        # Not those that class by a text, or not at all.
-        is_of_data = not _HEADS.isdisjoint(own_name) and not hasattr(network, 'language_model')
-        if not is_of_data or not isinstance(given, int) or getattr(module, 'class_agnostic', False):
+        is_agnostic = getattr(module, 'class_agnostic', False) or 'RPN' in type(module).__name__
+        if _HEADS.isdisjoint(own_name) or is_agnostic or not isinstance(given, int):
             continue
         has = f'model.{name}.{key}={given}, but {source.path} has {len(classes)} classes'
         mend = f'({_listed(classes)}): set it to {len(classes)}'
