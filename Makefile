@@ -73,5 +73,6 @@ evidence: setup-dev  ## test the paper's claims; ARGS=--quick for a smoke run
 	@$(VENV)/bin/python benchmarks/evidence/alpha.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/networks.py $(ARGS)
 
-zoo: setup-dev  ## try the switch to psBN on every config of MMDetection, an hour or so
+zoo: setup-dev  ## try the checks and the switch to psBN on every config of MMDetection, an hour or so
+	@$(VENV)/bin/python benchmarks/zoo_data.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/zoo.py $(ARGS)

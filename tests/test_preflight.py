@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+from argparse import Namespace
 from copy import deepcopy
 from functools import reduce
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,6 +21,7 @@ from mmengine.logging import MessageHub
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from psbn_mmdet import launch
 from psbn_mmdet.launch import run_script
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.preflight import (
@@ -507,6 +509,39 @@ def test_the_sentence_is_the_end(monkeypatch):
 def test_one_rank_of_a_machine_speaks(monkeypatch, name):
     assert 'error: ' in stop_of(monkeypatch, '/nowhere.py', **{name: '0'}).code
     assert stop_of(monkeypatch, '/nowhere.py', **{name: '1'}).code == 1
+
+
+def given_to_the_script(monkeypatch, *options: str) -> Config:
+    """The config with which MMDetection's script is run."""
+    found = []
+    config = str(CONFIG_DIR.parents[1] / 'demo/faster-rcnn_r18_fpn_bn_demo.py')
+
+    class Script:
+        Config = None
+
+        def parse_args(self) -> Namespace:
+            pairs = dict(option.split('=') for option in options)
+            return Namespace(config=config, cfg_options=pairs, launcher='none')
+
+        def main(self) -> None:
+            found.append(self.Config.fromfile(config))
+
+    monkeypatch.setattr(launch, '_load_script', lambda name: Script())
+    run_script('train.py', lambda args, cfg: None)
+    return found[0]
+
+
+def test_what_is_dumped_imports_the_package_and_has_the_checks(monkeypatch):
+    """DetInferencer reads the dumped config, which would know no psBN."""
+    cfg = given_to_the_script(monkeypatch, 'model.backbone.norm_cfg.type=psBN')
+    assert cfg.model.backbone.norm_cfg.type == 'psBN'
+    assert cfg.custom_imports['imports'] == ['psbn_mmdet']
+    assert [hook['type'] for hook in cfg.custom_hooks][-1] == 'DataCheckHook'
+
+
+def test_hooks_that_are_a_text(monkeypatch):
+    with pytest.raises(SystemExit, match="custom_hooks is 'abc', not a list of hooks"):
+        given_to_the_script(monkeypatch, 'custom_hooks=abc')
 
 
 def test_mmdetection_without_its_scripts(monkeypatch, tmp_path):

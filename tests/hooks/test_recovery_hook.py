@@ -4,8 +4,10 @@ import time
 
 import pytest
 import torch
+from mmengine.evaluator import BaseMetric
 from mmengine.registry import HOOKS
-from small_run import Classifier, channels_of, records_of, run, texts
+from mmengine.runner import Runner
+from small_run import Classifier, Images, channels_of, collate, records_of, run, texts
 from torch import nn
 
 from psbn_mmdet.collapse import recovery
@@ -193,3 +195,40 @@ def test_a_checkpoint_has_what_was_opened_and_what_was_restored(tmp_path, monkey
     # Opened after the report of iteration 8 and before the checkpoint, or not at all.
     assert found == wanted == [{}, {'0': '0,3-4', '1': '7'} if steps == 6 else {}, {}]
     assert not restored  # they were in the first epoch
+
+
+class Tested(Classifier):
+    """Can be tested, too."""
+
+    def forward(self, images, labels, mode='tensor'):
+        return [0] if mode == 'predict' else super().forward(images, labels, mode)
+
+
+class Count(BaseMetric):
+    """Of the batches."""
+
+    def process(self, data_batch, data_samples):
+        self.results.append(1)
+
+    def compute_metrics(self, results):
+        return {'batches': len(results)}
+
+
+def test_a_model_of_bn_is_tested_though_its_config_has_the_hook(tmp_path):
+    """In a training it is refused."""
+    loader = dict(
+        batch_size=4,
+        dataset=Images(),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=collate,
+    )
+    runner = Runner(
+        model=Tested(),
+        work_dir=str(tmp_path),
+        test_dataloader=loader,
+        test_cfg=dict(),
+        test_evaluator=[Count()],
+        custom_hooks=HOOKS_ON,
+        experiment_name='tested',
+    )
+    assert runner.test() == {'batches': 12}
