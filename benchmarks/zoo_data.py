@@ -55,6 +55,7 @@ from psbn_mmdet.preflight import (  # noqa: E402
 
 OUT = ROOT / 'benchmarks/results/zoo_data.json'
 SIDE = 64  # pixels of an image
+URL = 'http://images.cocodataset.org/'  # LVIS takes names from it
 
 
 def coco(classes: list[str], things: int, is_panoptic: bool) -> dict:
@@ -67,7 +68,7 @@ def coco(classes: list[str], things: int, is_panoptic: bool) -> dict:
     else:
         annotations = [dict(o, image_id=1, segmentation=polygon) for o in objects]
     return dict(
-        images=[dict(id=1, file_name='1.jpg', width=SIDE, height=SIDE)],
+        images=[dict(id=1, file_name='1.jpg', coco_url=f'{URL}1.jpg', width=SIDE, height=SIDE)],
         annotations=annotations,
         categories=[
             dict(id=i + 1, name=name, supercategory='all', isthing=int(i < things))

@@ -103,7 +103,7 @@ def explain(error: Exception, cfg: Config) -> PreflightError | None:
             ]
             path = paths[0] if paths else name
             try:
-                list(_Source(path, dataset).check(is_trained=False))
+                list(_Source(path, dataset).check())
             except Exception as found:
                 if isinstance(found, PreflightError):
                     return found
@@ -135,7 +135,7 @@ def compare(network: nn.Module, built: Mapping[str, tuple[Any, Sequence[Any]]]) 
     for stage, (dataset, metrics) in built.items():
         sources = list(_sources(dataset, f'{stage}_dataloader.dataset'))
         for source in sources:
-            yield from source.check(is_trained=stage == 'train')
+            yield from source.check()
             own = (f'{source.path}.metainfo.classes', dict(enumerate(source.classes)))
             _check_meanings([own, (source.file, source.names)])
             meanings += [own, (source.file, source.names)]
@@ -143,6 +143,12 @@ def compare(network: nn.Module, built: Mapping[str, tuple[Any, Sequence[Any]]]) 
                 trained.update(source.names)
             if stage == next(iter(built)) and not is_by_text:
                 yield from _check_heads(network, source)
+        if stage == 'train' and not any(source.has_instances() for source in sources):
+            raise PreflightError(
+                f'{sources[0].path}: no image has an annotation that is taken from '
+                f'{sources[0].file}: check its annotations (category_id, bbox, area), '
+                'metainfo.classes and filter_cfg'
+            )
         for number, metric in enumerate(metrics):
             if getattr(metric, '_coco_api', None) is None or len(sources) != 1:
                 continue
@@ -182,10 +188,8 @@ class _Source:
         self.labels: dict[int, int] = getattr(dataset, 'cat2label', None) or {}
         content = _content_of(self.file) if hasattr(dataset, 'cat_ids') else {}
         self._of_id = {c['id']: c['name'] for c in content.get('categories', ())}
-        annotations = [
-            a for a in content.get('annotations', ()) if 'category_id' in a
-        ]  # not panoptic
-        self._annotated = Counter(a['category_id'] for a in annotations)
+        annotations = content.get('annotations', ())  # panoptic ones are of images
+        self._annotated = Counter(a['category_id'] for a in annotations if 'category_id' in a)
         self.names = {k: self._of_id[i] for i, k in self.labels.items() if i in self._of_id}
         self.dropped = [n for i, n in self._of_id.items() if self._annotated[i]]
         self.dropped = [name for name in self.dropped if name not in self.classes]
@@ -196,7 +200,7 @@ class _Source:
         count = len(self.dataset) if hasattr(self.dataset, 'get_data_info') else 0
         return [self.dataset.get_data_info(i) for i in range(0, count, max(count // SAMPLES, 1))]
 
-    def check(self, is_trained: bool) -> Iterator[str]:
+    def check(self) -> Iterator[str]:
         """Refuse what cannot be meant, and tell what may be."""
         if isinstance(self.classes, str):
             raise PreflightError(
@@ -216,11 +220,6 @@ class _Source:
             yield f'{classes} has {_listed(unknown)}, not among {has}'
         if self._of_id and lost:
             yield f'{self.file} has annotations of a category_id that is no category: {lost[0]!r}'
-        if is_trained and not self._has_instances():
-            raise PreflightError(
-                f'{self.path}: no image has an annotation that is taken from {self.file}: check '
-                'its annotations (category_id, bbox, area), metainfo.classes and filter_cfg'
-            )
         paths = [info.get('img_path') for info in self.samples()]
         files = [path for path in paths if isinstance(path, str) and '://' not in path]
         if files and self._is_on_disk() and not any(map(os.path.exists, files)):
@@ -229,7 +228,7 @@ class _Source:
                 f'{files[0]}: set {self.path}.data_prefix.img'
             )
 
-    def _has_instances(self) -> bool:
+    def has_instances(self) -> bool:
         """Whether there is anything to learn; most sets have it in the first image."""
         if not hasattr(self.dataset, 'get_data_info'):
             return True

@@ -218,6 +218,16 @@ def test_nothing_to_learn(data):
     assert 'no image has an annotation that is taken from' in data.refusal()
 
 
+def test_a_part_without_annotations_passes(data):
+    """Such as the unlabeled images of a semi-supervised training."""
+    other = dict(data.sets['train'], ann_file=str(data.folder / 'no.json'), filter_cfg=None)
+    (data.folder / 'no.json').write_text(json.dumps(data.train | dict(annotations=[])))
+    data.cfg.train_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=[data.sets['train'], other]
+    )
+    assert data.run() == []
+
+
 @pytest.mark.parametrize(
     ('text', 'words'),
     [
