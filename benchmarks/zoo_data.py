@@ -217,13 +217,18 @@ def main() -> int:
             except Exception as error:  # whatever configs raise
                 found, says = 'cannot be loaded', [said(error)]
         rows.append({'config': name, 'found': found, 'says': says})
-    for found, count in Counter(row['found'] for row in rows).most_common():
+    counts = Counter(row['found'] for row in rows)
+    for found, count in counts.most_common():
         print(f'{count} {found}')
     for row in rows:
         if args.match or row['found'] == 'refused':
             print(row['config'], row['found'], *row['says'], sep='\n    ')
     if not args.match:
-        OUT.write_text(json.dumps(rows, indent=0) + '\n')
+        why: dict[str, list[str]] = {}
+        for row in rows:
+            if row['found'] != 'fits':
+                why.setdefault(': '.join([row['found'], *row['says']]), []).append(row['config'])
+        OUT.write_text(json.dumps({'found': counts, 'configs': why}, indent=1) + '\n')
     return 1 if any(row['found'] == 'refused' for row in rows) else 0
 
 
