@@ -26,6 +26,7 @@ from ..collapse import (
 )
 from ..forecast import Schedule, make_forecast, read_schedule
 from ..layers import PostShiftedBatchNorm
+from ..records import REST_INFO
 from .epoch_table import EpochTable
 from .history import COUNTS, History, Report
 from .journal import Journal
@@ -200,6 +201,11 @@ class CollapseHook(Hook):
         shifts = {name: getattr(norm, 'shift', 0.0) for name, norm in norms.items()}
         self._journal = Journal(self._parts, shifts, settings)
         self._history = History(start, self.window, self._journal.begin(runner, start))
+        state = runner.message_hub.get_info(REST_INFO) if runner.iter > 0 else None
+        if state is not None:
+            self._parts.run(
+                'gammas of the earlier run', self._history.recall_rest, state, runner.iter
+            )
         self._parts.run('snapshots', self._keep_snapshot, runner)
         self._loaded = start
         self._schedules = self._parts.run('forecasts', _read_schedules, runner, norms)
@@ -281,6 +287,7 @@ class CollapseHook(Hook):
             self._warn_of_idle(runner, report, watch.idle(self.window))
         self._table.add(iteration, report)
         remember_unstarted(runner.message_hub, self._history.unstarted)
+        runner.message_hub.update_info(REST_INFO, self._history.rest())
         self._parts.run('records', self._journal.write, runner, report, iteration, steps)
 
     def _warn(

@@ -103,6 +103,34 @@ class History:
         if records is not None and records.reports:
             self._restore(records, records.reports[-1])
 
+    def rest(self) -> dict[str, dict[str, list]]:
+        """What a resumed run needs to know of the gammas near 0, by layer, as plain values."""
+        return {
+            layer.name: {
+                'channels': near.tolist(),
+                'gammas': self._rested[layer.name][near].tolist(),
+                'moved': self._moved[layer.name][near].tolist(),
+            }
+            for layer in self._start.layers
+            # What is farther away must move to come near.
+            if len(near := np.flatnonzero(np.abs(self._rested[layer.name]) <= 2 * self._start.tau))
+        }
+
+    def recall_rest(self, state: Mapping[str, Mapping[str, list]], iteration: int) -> None:
+        """Go on from there, in a run that is resumed at an iteration.
+
+        Raises:
+            ValueError: If it is not of this network.
+            LookupError: Likewise.
+            TypeError: Likewise.
+        """
+        moved = {name: np.full(len(at), float(iteration)) for name, at in self._moved.items()}
+        rested = {name: gammas.copy() for name, gammas in self._rested.items()}
+        for name, known in state.items():
+            moved[name][known['channels']] = known['moved']
+            rested[name][known['channels']] = known['gammas']
+        self._moved, self._rested = moved, rested
+
     def add(
         self,
         iteration: int,

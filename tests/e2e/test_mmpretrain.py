@@ -96,7 +96,7 @@ def test_a_classifier_trains_and_its_filters_are_counted(tiny_cifar10, tmp_path)
     assert len(norms) == 20
     (record,) = (tmp_path / 'work').glob('*/collapse.jsonl')
     records = read_records(record)
-    assert [report['iter'] for report in records.reports] == [2, 4]
+    assert [report['iter'] for report in records.reports] == [2, 4, 5]
     assert {layer['norm'] for layer in records.header['layers']} == {'psBN'}
     rectifiers = {layer['name']: layer['rectifier'] for layer in records.header['layers']}
     assert rectifiers['backbone.layer1.0.bn1'] == 'relu'
