@@ -18,7 +18,7 @@ if os.environ.get('PSBN_MMDET_REGISTER') != '0':
             "`pip install --no-build-isolation -e '.[openmmlab]'` for the original packages"
         ) from error
 
-    from . import hooks, layers  # noqa: F401
+    from . import hooks, layers, pruning  # noqa: F401
     from .safe_globals import allow_mmengine_checkpoints
 
     allow_mmengine_checkpoints()

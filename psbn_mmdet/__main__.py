@@ -7,7 +7,7 @@ from importlib import import_module
 # As in the scripts of tools/: no pickle runs code.
 os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
 os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
-COMMANDS = ('audit', 'report', 'revive')
+COMMANDS = ('audit', 'prune', 'report', 'revive')
 
 
 def main() -> int:

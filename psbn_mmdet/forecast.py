@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,6 +318,23 @@ def _follow(
             groups[kind]['params'].append(param)
         pairs.append((gamma, beta))
         opened.append(torch.full_like(beta, -1, dtype=torch.long))
+    for now, several in _stepped(schedule, groups):
+        for part, (gamma, beta), at in zip(parts, pairs, opened):
+            if recovery and now > recovery[1]:
+                factor = decay_per_step(part.shift, recovery[0]) ** min(several, now - recovery[1])
+                gamma.mul_(factor)
+                beta.mul_(factor)
+            is_open = beta + part.shift + k * gamma.abs() > 0
+            at[is_open & (at < 0)] = now * schedule.every
+    for part, at in zip(parts, opened):
+        filters, probes = at.split([len(part.beta), len(_PROBES)])
+        part.opened[by] = filters.numpy()
+        if recovery is None:
+            part.opens_above_b = -float(_PROBES[probes >= 0].max()) if (probes >= 0).any() else 0.0
+
+
+def _stepped(schedule: Schedule, groups: list[dict]) -> Iterator[tuple[int, int]]:
+    """Step a copy of the optimiser, which has these groups: what was made, how much of it now."""
     optimizer = _copy_of(schedule.optimizer, groups)
     made = schedule.iterations // schedule.every
     ends = np.arange(1, made + 1)
@@ -333,18 +350,29 @@ def _follow(
             group['lr'] = several * sum(step[kind]['lr'] for step in rates) / len(rates)
         optimizer.step()
         done = now
-        for part, (gamma, beta), at in zip(parts, pairs, opened):
-            if recovery and now > recovery[1]:
-                factor = decay_per_step(part.shift, recovery[0]) ** min(several, now - recovery[1])
-                gamma.mul_(factor)
-                beta.mul_(factor)
-            is_open = beta + part.shift + k * gamma.abs() > 0
-            at[is_open & (at < 0)] = now * schedule.every
-    for part, at in zip(parts, opened):
-        filters, probes = at.split([len(part.beta), len(_PROBES)])
-        part.opened[by] = filters.numpy()
-        if recovery is None:
-            part.opens_above_b = -float(_PROBES[probes >= 0].max()) if (probes >= 0).any() else 0.0
+        yield now, several
+
+
+@torch.no_grad()
+def e_foldings(schedule: Schedule) -> float:
+    """By how many factors of e an undriven gamma decays in a training: the least of all.
+
+    Args:
+        schedule (Schedule): Of the gammas that are asked for.
+
+    Returns:
+        float: 0 if there is none, or no decay.
+    """
+    if not schedule.kinds:
+        return 0.0
+    groups = [{**settings, 'params': []} for settings in schedule.settings]
+    gammas = {kind: nn.Parameter(torch.ones(1)) for kind in set(schedule.kinds.values())}
+    for kind, gamma in gammas.items():
+        gamma.grad = torch.zeros_like(gamma)
+        groups[kind]['params'].append(gamma)
+    for _ in _stepped(schedule, groups):
+        pass
+    return min(-float(gamma.abs().clamp(min=1e-30).log()) for gamma in gammas.values())
 
 
 def _copy_of(optimizer: Optimizer, groups: list[dict]) -> Optimizer:
@@ -377,26 +405,38 @@ def forecast_of_config(cfg: Config, census: Census) -> Forecast | None:
             stepped without the network.
         CheckpointError: If the model cannot be built.
     """
-    for setting in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
-        if not cfg.get(setting):
-            raise ValueError(f'the config has no {setting}')
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
         model = model_of_config(cfg)
-        names = [layer.name for layer in census.layers]
-        prefix = prefix_in_model(cfg, model, names)
-        wrapper = _optim_wrapper(cfg, model)
-        epoch_length = len(Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader), seed=0))
-        iterations, by_epoch = _iterations(cfg.train_cfg, epoch_length)
-        schedulers = _schedulers(cfg, wrapper, iterations, epoch_length)
+    names = [layer.name for layer in census.layers]
+    prefix = prefix_in_model(cfg, model, names)
     of_model = find_norms(model)
     norms = {name: of_model[prefix + name] for name in names if prefix + name in of_model}
     params = [param for norm in norms.values() for param in norm.parameters()]
-    length = epoch_length if by_epoch else None
-    schedule = read_schedule(wrapper, schedulers, params, iterations, length)
+    schedule = schedule_of_config(cfg, model, params)
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if type_name(hook) == 'RecoveryHook']
     given = hooks[0] if hooks and isinstance(hooks[0], dict) else {}
     recovery = (given.get('steps', 500), given.get('window', 10)) if hooks else None
     return make_forecast(census, norms, schedule, begin=0, recovery=recovery)
+
+
+def schedule_of_config(cfg: Config, model: nn.Module, params: Collection[nn.Parameter]) -> Schedule:
+    """How a config's training on one process treats parameters of its model.
+
+    The data set is read for its length.
+
+    Raises:
+        ValueError: If the config has not all that a training needs.
+    """
+    for setting in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
+        if not cfg.get(setting):
+            raise ValueError(f'the config has no {setting}')
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
+        wrapper = _optim_wrapper(cfg, model)
+        epoch_length = len(Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader), seed=0))
+        iterations, by_epoch = _iterations(cfg.train_cfg, epoch_length)
+        schedulers = _schedulers(cfg, wrapper, iterations, epoch_length)
+    length = epoch_length if by_epoch else None
+    return read_schedule(wrapper, schedulers, params, iterations, length)
 
 
 def _optim_wrapper(cfg: Config, model: nn.Module) -> OptimWrapper:

@@ -22,7 +22,10 @@ from .preflight import PreflightError, load_config, one_line
 
 
 def run_script(
-    name: str, check: Callable[[Namespace, Config], None], own: ArgumentParser | None = None
+    name: str,
+    check: Callable[[Namespace, Config], None],
+    own: ArgumentParser | None = None,
+    then: Callable[[Namespace, Config], None] | None = None,
 ) -> None:
     """Run a script of the installed MMDetection, once the config has passed a check.
 
@@ -34,6 +37,8 @@ def run_script(
             change: the script is given what it leaves.
         own (ArgumentParser, optional): Of options beyond the script's, made without ``--help``.
             Defaults to None.
+        then (Callable, optional): Called with the same, when the script has ended well. Defaults
+            to None.
     """
     # Read before the script parses its options, which sets LOCAL_RANK to 0 where it is missing.
     local_rank = os.getenv('LOCAL_RANK') or os.getenv('SLURM_LOCALID') or '0'
@@ -58,6 +63,8 @@ def run_script(
         if has_cpus_only:  # MMEngine would set a CUDA device first, but takes what is initialised
             torch.distributed.init_process_group('gloo')
         script.main()
+        if then is not None:
+            then(args, cfg)
     except Exception as error:
         known = error if isinstance(error, PreflightError) else explain(error, cfg)
         if known is None:

@@ -28,6 +28,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         '--norm-scope', metavar='PART', help='replace it in this part alone, such as backbone'
     )
     parser.add_argument(
+        '--shrink',
+        nargs='?',
+        type=float,
+        const=0.0,
+        metavar='DECAY',
+        help='let filters of BN collapse, and cut them out after the training',
+    )
+    parser.add_argument(
         '--watch-collapse', action='store_true', help='count collapsed filters, whatever the norm'
     )
 
@@ -156,7 +164,8 @@ def build_model(cfg: Config) -> nn.Module:
             ) from error
 
 
-def _import_package(cfg: Config) -> None:
+def import_package(cfg: Config) -> None:
+    """Have a config import this package."""
     given = cfg.get('custom_imports') or {}
     imports = given.get('imports') or [] if isinstance(given, dict) else None
     imports = [imports] if isinstance(imports, str) else imports
@@ -188,7 +197,7 @@ def add_hook(cfg: Config, kind: str) -> None:
     Raises:
         PreflightError: If ``custom_hooks`` or ``custom_imports`` is not what MMEngine takes.
     """
-    _import_package(cfg)
+    import_package(cfg)
     hooks = _hooks(cfg)
     if kind not in map(type_name, hooks):
         cfg.custom_hooks = [*hooks, dict(type=kind)]

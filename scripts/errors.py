@@ -34,6 +34,7 @@ TITLES = {
     'collapse': 'Counting and reviving',
     'records': 'Records and snapshots',
     'report': 'The report',
+    'pruning': 'Pruning',
     'commands': 'Command lines',
 }
 

@@ -108,7 +108,12 @@ def test_resuming_where_nothing_was_begun_starts_from_load_from(tmp_path, monkey
     if begun:
         (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
     args = Namespace(
-        work_dir=str(tmp_path), resume='auto', norm=None, norm_scope=None, watch_collapse=False
+        work_dir=str(tmp_path),
+        resume='auto',
+        norm=None,
+        norm_scope=None,
+        shrink=None,
+        watch_collapse=False,
     )
     cfg = Config(dict(load_from='start.pth'))
     script['check'](args, cfg)

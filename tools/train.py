@@ -17,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
     from psbn_mmdet import norm_switch
+    from psbn_mmdet.commands import prune
     from psbn_mmdet.launch import run_script
-    from psbn_mmdet.preflight import check_train_config
+    from psbn_mmdet.preflight import PreflightError, check_train_config
+    from psbn_mmdet.pruning import shrink_config
 except ImportError as error:
     sys.exit(f'error: {error}')
 
@@ -38,14 +40,31 @@ def check(args, cfg):
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.shrink is not None and args.norm == 'psBN':
+        raise PreflightError('--shrink lets filters collapse, and --norm psBN keeps them open')
     lines += norm_switch.switch_config(cfg, args.norm, args.norm_scope, args.watch_collapse)
     check_train_config(cfg)
+    if args.shrink is not None:
+        lines += shrink_config(cfg, args.shrink or None)
     rank = os.getenv('RANK') or os.getenv('SLURM_PROCID') or '0'
     if lines and rank == '0':
         print('\n'.join(lines))
 
 
+def cut(args, cfg):
+    """Cut the collapsed filters out of the last checkpoint, and of the best one."""
+    if args.shrink is None or int(os.getenv('RANK') or os.getenv('SLURM_PROCID') or 0) > 0:
+        return
+    found = [Path(cfg.work_dir, 'last_checkpoint').read_text().strip()]
+    found += map(str, sorted(Path(cfg.work_dir).glob('best_*.pth')))
+    config = Path(cfg.work_dir, 'shrunk.py')
+    cfg.dump(config)
+    for checkpoint in found:
+        out = Path(cfg.work_dir, f'pruned_{Path(checkpoint).stem}')
+        prune.main([checkpoint, '--config', str(config), '-o', str(out)])
+
+
 if __name__ == '__main__':
     own = argparse.ArgumentParser('train.py', add_help=False, allow_abbrev=False)
     norm_switch.add_options(own)
-    run_script('train.py', check, own)
+    run_script('train.py', check, own, cut)

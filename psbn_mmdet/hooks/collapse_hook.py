@@ -175,6 +175,7 @@ class CollapseHook(Hook):
         if self._watch is not None:
             self._parts.run('snapshots', self._keep_snapshot, runner)
             self._parts.run('records', self._journal.end)
+            self._parts.run('messages on layers', self._tell_of_closed, runner)
             self._detach()
 
     def _start(
@@ -314,6 +315,15 @@ class CollapseHook(Hook):
             runner.logger.warning(
                 'CollapseHook: layers that were added during the training are not counted: '
                 f'{", ".join(sorted(added))}.'
+            )
+
+    def _tell_of_closed(self, runner: Runner) -> None:
+        layers = [layer for layer in self._judged().layers if layer.norm == 'BN']
+        closed = sum(int(layer.dead.sum()) for layer in layers if layer.dead is not None)
+        if closed:
+            runner.logger.info(
+                f'CollapseHook: {closed} filters of BN are closed. What they put out is 0, and can '
+                'be cut out: python tools/prune.py CHECKPOINT --config CONFIG -o DIR.'
             )
 
     def _tell_of_folded(self, runner: Runner, report: Report) -> None:

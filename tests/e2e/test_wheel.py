@@ -51,13 +51,14 @@ def test_its_tools_and_commands_work_without_the_checkout(installed, tmp_path):
         [installed / 'psbn_mmdet/.mim/tools/audit.py', 'bn.pth'],
         ['-m', 'psbn_mmdet', 'audit', 'bn.pth'],
         ['-m', 'psbn_mmdet', 'revive', '--help'],
+        ['-m', 'psbn_mmdet', 'prune', '--help'],
     ):
         result = run(sys.executable, *command, cwd=tmp_path, PYTHONPATH=str(installed))
         assert result.returncode == 0, result.stderr
     where = [sys.executable, '-c', 'import psbn_mmdet; print(psbn_mmdet.__file__)']
     assert str(installed) in run(*where, cwd=tmp_path, PYTHONPATH=str(installed)).stdout
     result = run(sys.executable, '-m', 'psbn_mmdet', 'nothing', cwd=tmp_path)
-    assert result.returncode == 2 and '{audit,report,revive}' in result.stderr
+    assert result.returncode == 2 and '{audit,prune,report,revive}' in result.stderr
 
 
 def test_a_config_of_the_wheel_is_trained_by_its_script_as_far_as_its_data(installed, tmp_path):

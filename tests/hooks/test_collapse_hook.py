@@ -362,6 +362,13 @@ def test_nothing_is_told_of_statistics_that_were_folded(tmp_path):
     assert '│ stem  │       8 │      0 │         0 │        - │    - │' in log
 
 
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, PostShiftedBatchNorm2d])
+def test_at_the_end_it_is_told_what_can_be_cut(tmp_path, norm):
+    run(tmp_path, Classifier(norm), epochs=1)
+    told = 'CollapseHook: 4 filters of BN are closed. What they put out is 0, and can be cut out'
+    assert (told in texts(tmp_path)) == (norm is nn.BatchNorm2d)
+
+
 def test_a_run_shorter_than_an_interval_has_one_report_at_its_end(tmp_path):
     runner = run(tmp_path, Classifier(), hook=dict(interval=50), epochs=1)
     (report,) = records_of(runner).reports

@@ -1,0 +1,283 @@
+"""Cut the closed filters out of a checkpoint's network, which computes the same without them.
+
+Watches the network on training images, cuts what was never open and what reads it, compares both
+networks on the validation set, and writes OUT/pruned.pth and OUT/pruned.py, with which all else
+works: tests, further training, inference. Nothing is written if there is nothing to cut, or if the
+two differ by more than rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.analysis import get_model_complexity_info
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import pseudo_collate
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS, DefaultScope
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ..atomic import replacing
+from ..checkpoints import CheckpointError, read_weights, write_content
+from ..checkpoints.config_model import model_of_config
+from ..collapse import find_norms
+from ..norm_switch import import_package
+from ..preflight import dicts, load_config, type_name
+from ..pruning import MARGIN, ChannelTrace, add_constants, narrow, plan
+from ..records import stage_of
+from . import complain, say
+
+ROUNDING = 1e-5  # of the largest value
+ROUNDS = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the arguments, prune, compare, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a PyTorch or safetensors file')
+    parser.add_argument('--config', required=True, help='of its training: the model and the data')
+    parser.add_argument('-o', '--out', required=True, metavar='DIR', help='where to write')
+    parser.add_argument('--images', type=int, default=500, help='of the training set, to watch on')
+    parser.add_argument(
+        '--margin',
+        type=float,
+        default=MARGIN,
+        help='how far below 0, in its own standard deviations, the largest value must be',
+    )
+    parser.add_argument('--force', action='store_true', help='write also if the outputs differ')
+    args = parser.parse_args(argv)
+    try:
+        lines = prune(args)
+    except (OSError, ValueError) as error:
+        return complain('prune', error)
+    say('\n'.join(lines))
+    return 0
+
+
+def prune(args: argparse.Namespace) -> list[str]:
+    """What was cut, and what to run next.
+
+    Raises:
+        ValueError: If checkpoint and config do not match, or the outputs differ.
+        OSError: If a file cannot be read or written.
+    """
+    if args.images < 1:
+        raise ValueError(f'--images must be at least 1, got {args.images}')
+    cfg = load_config(args.config)
+    weights = read_weights(args.checkpoint).state_dict
+    with (
+        DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'),
+        redirect_stdout(StringIO()),  # what data sets and evaluators print
+        torch.no_grad(),
+    ):
+        MMLogger.get_current_instance().setLevel(logging.ERROR)
+        whole: Any = model_of_config(cfg).eval()
+        _load(whole, weights, args)
+        with ChannelTrace(whole) as trace:
+            for data in _images(cfg, 'train', args.images):
+                whole.test_step(data)
+        cut = plan(trace, whole, args.margin)
+        left = [f'  {count} closed channels stay: {why}' for why, count in cut.left.items()]
+        if cut.held:
+            left.append(f'  {cut.held} channels stay that were closed, but not by the margin')
+        if not cut.kept:
+            return [f'{args.checkpoint}: nothing to cut on {args.images} images', *left]
+        pruned = copy.deepcopy(whole)
+        add_constants(pruned, trace, cut.constants)
+        narrow(pruned, cut.kept)
+        difference = max(
+            (_difference(whole, pruned, data) for data in _images(cfg, 'val', None)), default=0.0
+        )
+        if difference > ROUNDING and not args.force:
+            raise ValueError(
+                f'the outputs differ by up to {difference:.1e} of the largest value on the '
+                'validation set, more than rounding, since filters that were closed on '
+                f'{args.images} images are open there: give more --images or a larger --margin, '
+                'or --force'
+            )
+        scores = [_scores(cfg, model) for model in (whole, pruned)]
+        table = _table(cfg, whole, pruned)
+        out = Path(args.out)
+        _write(cfg, pruned, cut.kept, out)
+    ap = [', '.join(f'{name} {value:.3f}' for name, value in s.items()) for s in scores]
+    return [
+        f'{args.checkpoint}, watched on {args.images} training images:',
+        table,
+        *left,
+        f'On the validation set the outputs differ by {difference:.1e} of the largest value; '
+        f'whole: {ap[0]}; pruned: {ap[1]}.',
+        f'Test it:     python tools/test.py {out}/pruned.py {out}/pruned.pth',
+        f'Train it on: python tools/train.py {out}/pruned.py',
+        f'Look again:  python tools/audit.py {out}/pruned.pth --config {out}/pruned.py',
+    ]
+
+
+def _load(model: nn.Module, weights: Any, args: argparse.Namespace) -> None:
+    own = model.state_dict()
+    wrong = [
+        name
+        for name, value in own.items()
+        if not name.endswith('num_batches_tracked')
+        and getattr(weights.get(name), 'shape', None) != value.shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f'{args.checkpoint} has no {wrong[0]} of the shape that the model of {args.config} '
+            'has: give the config that it was trained with'
+        )
+    model.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
+
+
+def _images(cfg: Config, stage: str, count: int | None) -> Iterator[dict]:
+    """Images of a stage's data, as they are tested, evenly chosen."""
+    loader = cfg.get(f'{stage}_dataloader') or {}
+    dataset, tested = loader.get('dataset'), (cfg.get('val_dataloader') or {}).get('dataset')
+    if not dataset or not tested:
+        raise ValueError(f'{cfg.filename} has no {stage}_dataloader and val_dataloader: add them')
+    dataset = copy.deepcopy(dataset)
+    while 'pipeline' not in dataset and 'dataset' in dataset:  # a wrapper
+        dataset = dataset['dataset']
+    dataset['pipeline'] = tested['pipeline']
+    built: Any = DATASETS.build(dataset)
+    step = max(len(built) / count, 1) if count else 1
+    for index in range(min(count or len(built), len(built))):
+        yield pseudo_collate([built[int(index * step)]])
+
+
+def _difference(whole: Any, pruned: Any, data: dict) -> float:
+    """The largest difference of what backbone, neck and dense heads put out, of its largest."""
+    outputs = []
+    for model in (whole, pruned):
+        inputs = model.data_preprocessor(copy.deepcopy(data), False)['inputs']
+        found = [model.extract_feat(inputs)]
+        for name in ('rpn_head', 'bbox_head'):
+            head = getattr(model, name, None)
+            if head is not None:
+                found.append(head(found[0]))
+        outputs.append([v for v in tree_flatten(found)[0] if isinstance(v, Tensor)])
+    return max(
+        float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
+        for one, other in zip(*outputs)
+    )
+
+
+def _scores(cfg: Config, model: Any) -> dict[str, float]:
+    evaluator = Evaluator(cfg.val_evaluator)
+    count, images = 0, _images(cfg, 'val', None)
+    evaluator.dataset_meta = DATASETS.build(cfg.val_dataloader.dataset).metainfo
+    for data in images:
+        evaluator.process(data_samples=model.test_step(data), data_batch=data)
+        count += 1
+    found = evaluator.evaluate(count)
+    return {k: v for k, v in found.items() if k.endswith(('mAP', 'mAP_50', '/AP'))}
+
+
+def _table(cfg: Config, whole: Any, pruned: Any) -> str:
+    table = Table()
+    table.add_column('stage')
+    for name in ('filters', 'pruned', 'parameters', 'pruned', 'kept'):
+        table.add_column(name, justify='right')
+    rows = [_by_stage(model) for model in (whole, pruned)]
+    for stage, (filters, parameters) in rows[0].items():
+        less = rows[1][stage]
+        share = f'{less[1] / max(parameters, 1):.1%}'
+        table.add_row(
+            stage, f'{filters:,}', f'{less[0]:,}', f'{parameters:,}', f'{less[1]:,}', share
+        )
+    sums = [[sum(row[i] for row in by.values()) for by in rows] for i in (0, 1)]
+    table.add_section()
+    share = f'{sums[1][1] / sums[1][0]:.1%}'
+    table.add_row('all', *(f'{n:,}' for pair in sums for n in pair), share)
+    text = StringIO()
+    Console(file=text, width=110).print(table)
+    data = next(_images(cfg, 'val', 1))
+    prepared = whole.data_preprocessor(copy.deepcopy(data), False)
+    image = prepared['inputs']
+    flops = [
+        get_model_complexity_info(
+            _OfTensors(model, prepared['data_samples']),
+            inputs=(image,),
+            show_table=False,
+            show_arch=False,
+        )['flops']
+        for model in (whole, pruned)
+    ]
+    lines = [text.getvalue().rstrip(), f'Multiply-adds of an image: {flops[0]:,} -> {flops[1]:,}.']
+    for name, run in (
+        ('backbone', lambda model: model.backbone(image)),
+        ('whole network', lambda model: model.test_step(data)),
+    ):
+        ratios = np.array([_seconds(run, pruned) / _seconds(run, whole) for _ in range(ROUNDS)])
+        low, middle, high = np.percentile(ratios, (25, 50, 75))
+        lines.append(
+            f'Time of the {name}: {middle:.2f} of the whole (quartiles {low:.2f}, {high:.2f}).'
+        )
+    return '\n'.join(lines)
+
+
+class _OfTensors(nn.Module):
+    """A model with the data samples that belong to its input."""
+
+    def __init__(self, model: nn.Module, samples: list) -> None:
+        super().__init__()
+        self.model = model
+        self._samples = samples
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.model(inputs, self._samples, mode='tensor')
+
+
+def _seconds(run: Any, model: Any) -> float:
+    start = time.perf_counter()
+    run(model)
+    return time.perf_counter() - start
+
+
+def _by_stage(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Channels of norms, and parameters."""
+    found: dict[str, tuple[int, int]] = {}
+    norms = find_norms(model)
+    for name, module in model.named_modules():
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        if own:
+            filters, parameters = found.get(stage_of(name), (0, 0))
+            filters += norms[name].num_features if name in norms else 0
+            found[stage_of(name)] = filters, parameters + own
+    return found
+
+
+def _write(cfg: Config, pruned: nn.Module, kept: dict, out: Path) -> None:
+    """The weights, and a config of their own."""
+    cfg = copy.deepcopy(cfg)
+    own = dict(cfg.model)
+    for _, part in dicts(own, ''):
+        for _, init_cfg in dicts(part.get('init_cfg'), ''):
+            if type_name(init_cfg) in ('Pretrained', 'PretrainedInit'):
+                part['init_cfg'] = None  # of the whole network
+    whole_type = own.pop('type')
+    cfg.model = ConfigDict(type='PrunedModel', whole_type=whole_type, kept=kept, **own)
+    cfg.load_from = str(out.resolve() / 'pruned.pth')
+    import_package(cfg)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ('pruned.pth', 'pruned.py'):
+        if (out / name).exists():
+            raise ValueError(f'{out / name} exists and is not overwritten: give another -o')
+    write_content({'state_dict': pruned.state_dict(), 'meta': {}}, out / 'pruned.pth')
+    with replacing(out / 'pruned.py') as file:
+        file.write_text(cfg.pretty_text, encoding='utf-8')

@@ -1,0 +1,94 @@
+"""What is cut changes no output, whatever stands around it; and what can be cut is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cifar_resnet import CifarResNet
+from PIL import Image
+from pruned_blocks import BLOCKS, close_some, images
+from torch import nn
+
+from psbn_mmdet.checkpoints import read_weights
+from psbn_mmdet.collapse import find_norms
+from psbn_mmdet.pruning import ChannelTrace, add_constants, narrow, plan
+
+DATA = Path(__file__).resolve().parents[3] / 'shared/data'
+
+
+def pruned(net: nn.Module, x: torch.Tensor, margin: float = 0.0) -> tuple[nn.Module, dict]:
+    """A network without its closed channels, and what is kept of each layer."""
+    with torch.no_grad(), ChannelTrace(net) as trace:
+        net(x)
+        net(x[:1])
+    cut = plan(trace, net, margin)
+    less = copy.deepcopy(net)
+    add_constants(less, trace, cut.constants)
+    return narrow(less, cut.kept), cut.kept
+
+
+def size_of(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('seed', range(3))
+def test_outputs_are_equal_and_what_can_be_cut_is(name, seed):
+    torch.manual_seed(seed)
+    net, can_be_cut = BLOCKS[name]()
+    close_some(net, seed)
+    x = images(seed)
+    less, kept = pruned(net, x)
+    with torch.no_grad():
+        y, z = net(x), less(x)
+    assert torch.allclose(y, z, rtol=1e-4, atol=1e-5), (y - z).abs().max()
+    assert bool(kept) == can_be_cut
+    assert (size_of(less) < size_of(net)) == can_be_cut
+    # As much is left as runs, in training, too.
+    assert all(norm.num_features for norm in find_norms(less).values())
+    less.train()(x).sum().backward()
+
+
+def test_what_is_left_of_psbn_decays_towards_alpha():
+    net, _ = BLOCKS['psBN']()
+    close_some(net, 0)
+    less, kept = pruned(net, images(0))
+    norm = less.bn1
+    assert 'bn1' in kept and norm.num_features < net.bn1.num_features
+    optimizer = torch.optim.SGD([norm.bias], lr=1.0, weight_decay=0.5)
+    before, norm.bias.grad = norm.bias.detach().clone(), torch.zeros_like(norm.bias)
+    optimizer.step()
+    assert torch.allclose(norm.bias - norm.shift, (before - norm.shift) / 2, atol=1e-6)
+
+
+def cifar(count: int) -> torch.Tensor:
+    """Images of CIFAR-10, as the public networks want them."""
+    with zipfile.ZipFile(DATA / 'cifar10/test.zip') as file:
+        names = sorted(name for name in file.namelist() if name.endswith('.jpg'))
+        chosen = names[:: len(names) // count][:count]
+        pictures = [np.asarray(Image.open(io.BytesIO(file.read(n))).convert('RGB')) for n in chosen]
+    x = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+@pytest.mark.skipif(not (DATA / 'cifar10').is_dir(), reason='CIFAR-10 is not at hand')
+@pytest.mark.skipif(not (DATA / 'checkpoints').is_dir(), reason='the checkpoints are not at hand')
+@pytest.mark.parametrize(
+    ('blocks', 'file', 'whole', 'most'),
+    [(3, 'resnet20-12fca82f.th', 269722, 260480), (5, 'resnet32-d509ac18.th', 464154, 446400)],
+)
+def test_public_networks_get_narrower_and_give_the_same_logits(blocks, file, whole, most):
+    net = CifarResNet(blocks)
+    net.load_state_dict(read_weights(DATA / 'checkpoints' / file).state_dict)
+    x = cifar(300)
+    less, _ = pruned(net.eval(), x[:200])
+    assert size_of(net) == whole and size_of(less) <= most
+    with torch.no_grad():
+        assert torch.allclose(net(x[200:]), less(x[200:]), atol=1e-5)
