@@ -26,11 +26,15 @@ from ..layers import PostShiftedBatchNorm
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, PostShiftedBatchNorm)
-# Besides what torch tags as pointwise.
-_POINTWISE = {'_to_copy', 'contiguous', 'lift_fresh', 'detach', 'hardswish', 'hardsigmoid', 'prelu'}
+_RECTIFIERS = {'relu', 'relu6', 'clamp', 'clamp_min', 'hardtanh', 'threshold'}
+# Besides what this torch tags as pointwise.
+_POINTWISE = {
+    *_RECTIFIERS,
+    *('_to_copy', 'contiguous', 'lift_fresh', 'detach'),
+    *('leaky_relu', 'prelu', 'elu', 'silu', 'gelu', 'mish', 'hardswish', 'hardsigmoid'),
+}
 _REDUCE = {'mean', 'sum', 'amax', 'amin'}
 _META = {'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like'}
-_RECTIFIERS = {'relu', 'relu6', 'clamp', 'clamp_min', 'hardtanh', 'threshold'}
 
 
 @dataclass

@@ -389,7 +389,7 @@ class OddDataset(CocoDataset):
 
 
 def test_what_is_like_nothing_else_is_one_line(data):
-    data.sets['train'].type = OddDataset
+    data.sets['train'].type = 'OddDataset'
     (line,) = data.run()
     assert 'not compared to the end. Cause: TypeError: ' in line
 
