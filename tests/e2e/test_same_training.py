@@ -218,4 +218,6 @@ def test_a_step_of_a_detector_is_that_of_the_layer_of_before(config, tmp_path, c
         largest = {key: max(row[key] for row in hook.rows) for key in ('loss', 'params', 'moments')}
         print(f'\n{config.__name__}: {len(hook.rows)} states, largest {json.dumps(largest)}')
     for row in hook.rows:
-        assert max(row['loss'], row['params'], row['moments']) <= 1e-6, row
+        assert max(row['loss'], row['params']) <= 1e-6, row
+        # Of loaded weights b - alpha + alpha is not b to the last bit, which gradients enlarge.
+        assert row['moments'] <= (2e-5 if row['iter'] == 0 else 1e-6), row
