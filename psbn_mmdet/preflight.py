@@ -137,8 +137,7 @@ def check_train_config(cfg: Config) -> None:
     for stage in ('train', 'val'):
         _check_data(cfg, stage)
     for path, init_cfg in dicts(cfg.get('model'), 'model'):
-        is_pretrained = type_name(init_cfg) in ('Pretrained', 'PretrainedInit')
-        if is_pretrained and isinstance(init_cfg.get('checkpoint'), str):
+        if is_pretrained(init_cfg) and isinstance(init_cfg.get('checkpoint'), str):
             mend = f'set {path}.checkpoint to a local file, or {path}=None for random weights'
             _check_weights(init_cfg['checkpoint'], f'{path}.checkpoint', mend)
     checkpoint = _text(cfg.get('load_from'), 'load_from', 'the path of a checkpoint')
@@ -391,6 +390,11 @@ def type_name(cfg: Any) -> str:
     """``type`` without the scope, which may be given as a class; the class of what is built."""
     kind = cfg.get('type') if isinstance(cfg, dict) else type(cfg)
     return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
+
+
+def is_pretrained(init_cfg: Any) -> bool:
+    """Whether an ``init_cfg`` loads weights from a file."""
+    return type_name(init_cfg) in ('Pretrained', 'PretrainedInit')
 
 
 def dicts(value: Any, path: str) -> Iterator[tuple[str, dict]]:

@@ -345,7 +345,7 @@ class RectifierTrace(TorchDispatchMode):
         if layer is not None:
             self._fed_by.setdefault(layer, set()).add(self._made.get(args[0]))
         for tensor in tree_flatten((args, kwargs))[0]:
-            if not isinstance(tensor, Tensor) or _looks_only(operation):
+            if not isinstance(tensor, Tensor) or looks_only(operation):
                 continue
             if tensor in self._made:
                 reader = layer if tensor is args[0] else None
@@ -377,7 +377,7 @@ class RectifierTrace(TorchDispatchMode):
             layers |= {output.layer for tensor, output in read if output.is_whole(tensor)}
             if layers:
                 self._sums[result] = frozenset(layers)
-        elif layers and not _looks_only(operation):
+        elif layers and not looks_only(operation):
             kind = _rectifier(operation, args, kwargs)
             for layer in layers:
                 self._sum_readers.setdefault(layer, set()).add(kind)
@@ -398,7 +398,7 @@ class RectifierTrace(TorchDispatchMode):
             self._readers.setdefault(layer, set())
             y = returns[0]
             self._outputs[y] = _Output(layer, y.numel(), y.shape, y.stride(), [])
-        if not read or _looks_only(operation):
+        if not read or looks_only(operation):
             return
         aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
         in_place = any(alias.is_write for alias in aliases)
@@ -540,7 +540,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _looks_only(operation: str) -> bool:
+def looks_only(operation: str) -> bool:
     """Whether an operation looks at shape and type of what it reads, not at the values."""
     return operation in _META or operation.startswith('new_')
 

@@ -36,7 +36,7 @@ from ..checkpoints import CheckpointError, read_weights, write_content
 from ..checkpoints.config_model import model_of_config
 from ..collapse import find_norms
 from ..norm_switch import import_package
-from ..preflight import dicts, load_config, type_name
+from ..preflight import dicts, is_pretrained, load_config
 from ..pruning import MARGIN, ChannelTrace, add_constants, narrow, plan
 from ..records import stage_of
 from . import complain, say
@@ -79,6 +79,10 @@ def prune(args: argparse.Namespace) -> list[str]:
     """
     if args.images < 1:
         raise ValueError(f'--images must be at least 1, got {args.images}')
+    out = Path(args.out)
+    for name in ('pruned.pth', 'pruned.py'):
+        if (out / name).exists():
+            raise ValueError(f'{out / name} exists and is not overwritten: give another -o')
     cfg = load_config(args.config)
     weights = read_weights(args.checkpoint).state_dict
     with (
@@ -90,7 +94,7 @@ def prune(args: argparse.Namespace) -> list[str]:
         whole: Any = model_of_config(cfg).eval()
         _load(whole, weights, args)
         with ChannelTrace(whole) as trace:
-            for data in _images(cfg, 'train', args.images):
+            for data in _images(_data(cfg, 'train'), args.images):
                 whole.test_step(data)
         cut = plan(trace, whole, args.margin)
         left = [f'  {count} closed channels stay: {why}' for why, count in cut.left.items()]
@@ -101,9 +105,9 @@ def prune(args: argparse.Namespace) -> list[str]:
         pruned = copy.deepcopy(whole)
         add_constants(pruned, trace, cut.constants)
         narrow(pruned, cut.kept)
-        difference = max(
-            (_difference(whole, pruned, data) for data in _images(cfg, 'val', None)), default=0.0
-        )
+        val = _data(cfg, 'val')
+        images = _images(val, len(val))
+        difference = max((_difference(whole, pruned, data) for data in images), default=0.0)
         if difference > ROUNDING and not args.force:
             raise ValueError(
                 f'the outputs differ by up to {difference:.1e} of the largest value on the '
@@ -111,9 +115,8 @@ def prune(args: argparse.Namespace) -> list[str]:
                 f'{args.images} images are open there: give more --images or a larger --margin, '
                 'or --force'
             )
-        scores = [_scores(cfg, model) for model in (whole, pruned)]
-        table = _table(cfg, whole, pruned)
-        out = Path(args.out)
+        scores = [_scores(cfg, val, model) for model in (whole, pruned)]
+        table = _table(val, whole, pruned)
         _write(cfg, pruned, cut.kept, out)
     ap = [', '.join(f'{name} {value:.3f}' for name, value in s.items()) for s in scores]
     return [
@@ -144,8 +147,8 @@ def _load(model: nn.Module, weights: Any, args: argparse.Namespace) -> None:
     model.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
 
 
-def _images(cfg: Config, stage: str, count: int | None) -> Iterator[dict]:
-    """Images of a stage's data, as they are tested, evenly chosen."""
+def _data(cfg: Config, stage: str) -> Any:
+    """The data set of a stage, whose images come as they are tested."""
     loader = cfg.get(f'{stage}_dataloader') or {}
     dataset, tested = loader.get('dataset'), (cfg.get('val_dataloader') or {}).get('dataset')
     if not dataset or not tested:
@@ -154,10 +157,14 @@ def _images(cfg: Config, stage: str, count: int | None) -> Iterator[dict]:
     while 'pipeline' not in dataset and 'dataset' in dataset:  # a wrapper
         dataset = dataset['dataset']
     dataset['pipeline'] = tested['pipeline']
-    built: Any = DATASETS.build(dataset)
-    step = max(len(built) / count, 1) if count else 1
-    for index in range(min(count or len(built), len(built))):
-        yield pseudo_collate([built[int(index * step)]])
+    return DATASETS.build(dataset)
+
+
+def _images(data: Any, count: int) -> Iterator[dict]:
+    """At most so many of its images, evenly chosen."""
+    step = max(len(data) / count, 1)
+    for index in range(min(count, len(data))):
+        yield pseudo_collate([data[int(index * step)]])
 
 
 def _difference(whole: Any, pruned: Any, data: dict) -> float:
@@ -177,18 +184,16 @@ def _difference(whole: Any, pruned: Any, data: dict) -> float:
     )
 
 
-def _scores(cfg: Config, model: Any) -> dict[str, float]:
+def _scores(cfg: Config, val: Any, model: Any) -> dict[str, float]:
     evaluator = Evaluator(cfg.val_evaluator)
-    count, images = 0, _images(cfg, 'val', None)
-    evaluator.dataset_meta = DATASETS.build(cfg.val_dataloader.dataset).metainfo
-    for data in images:
+    evaluator.dataset_meta = val.metainfo
+    for data in _images(val, len(val)):
         evaluator.process(data_samples=model.test_step(data), data_batch=data)
-        count += 1
-    found = evaluator.evaluate(count)
+    found = evaluator.evaluate(len(val))
     return {k: v for k, v in found.items() if k.endswith(('mAP', 'mAP_50', '/AP'))}
 
 
-def _table(cfg: Config, whole: Any, pruned: Any) -> str:
+def _table(val: Any, whole: Any, pruned: Any) -> str:
     table = Table()
     table.add_column('stage')
     for name in ('filters', 'pruned', 'parameters', 'pruned', 'kept'):
@@ -206,7 +211,7 @@ def _table(cfg: Config, whole: Any, pruned: Any) -> str:
     table.add_row('all', *(f'{n:,}' for pair in sums for n in pair), share)
     text = StringIO()
     Console(file=text, width=110).print(table)
-    data = next(_images(cfg, 'val', 1))
+    data = next(_images(val, 1))
     prepared = whole.data_preprocessor(copy.deepcopy(data), False)
     image = prepared['inputs']
     flops = [
@@ -268,16 +273,13 @@ def _write(cfg: Config, pruned: nn.Module, kept: dict, out: Path) -> None:
     own = dict(cfg.model)
     for _, part in dicts(own, ''):
         for _, init_cfg in dicts(part.get('init_cfg'), ''):
-            if type_name(init_cfg) in ('Pretrained', 'PretrainedInit'):
+            if is_pretrained(init_cfg):
                 part['init_cfg'] = None  # of the whole network
     whole_type = own.pop('type')
     cfg.model = ConfigDict(type='PrunedModel', whole_type=whole_type, kept=kept, **own)
     cfg.load_from = str(out.resolve() / 'pruned.pth')
     import_package(cfg)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ('pruned.pth', 'pruned.py'):
-        if (out / name).exists():
-            raise ValueError(f'{out / name} exists and is not overwritten: give another -o')
     write_content({'state_dict': pruned.state_dict(), 'meta': {}}, out / 'pruned.pth')
     with replacing(out / 'pruned.py') as file:
         file.write_text(cfg.pretty_text, encoding='utf-8')

@@ -20,7 +20,7 @@ from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
-from ..preflight import PreflightError, datasets_of, named, type_name
+from ..preflight import PreflightError, datasets_of, is_pretrained, named
 from .refusals import unwrapped
 
 LARGEST = 200e6  # bytes of an annotation file that is read once more
@@ -323,7 +323,7 @@ def _check_pretrained(network: nn.Module) -> None:
         is_plain = getattr(type(module), 'init_weights', None) is BaseModule.init_weights
         given = getattr(module, 'init_cfg', None) if is_plain else None
         for init_cfg in given if isinstance(given, list) else [given or {}]:
-            if type_name(init_cfg) in ('Pretrained', 'PretrainedInit'):
+            if is_pretrained(init_cfg):
                 content = None
                 with suppress(Exception):  # MMEngine loads it next, and says what is wrong
                     content = _load_checkpoint(init_cfg['checkpoint'], 'cpu')

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..collapse import find_norms
+from ..collapse.restore import CONVOLUTIONS
+from ..collapse.structure import looks_only
 from ..layers import PostShiftedBatchNorm
 
-# Whose weight is (outputs, inputs / groups, ...).
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, PostShiftedBatchNorm)
 _RECTIFIERS = {'relu', 'relu6', 'clamp', 'clamp_min', 'hardtanh', 'threshold'}
@@ -34,7 +34,6 @@ _POINTWISE = {
     *('leaky_relu', 'prelu', 'elu', 'silu', 'gelu', 'mish', 'hardswish', 'hardsigmoid'),
 }
 _REDUCE = {'mean', 'sum', 'amax', 'amin'}
-_META = {'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like'}
 
 
 @dataclass
@@ -328,7 +327,7 @@ class ChannelTrace(TorchDispatchMode):
         if operation in _RECTIFIERS and tracked[0] is args[0]:
             self._see_rectified(args[0])
         result = func(*args, **kwargs)
-        if operation in _META or operation.startswith('new_'):
+        if looks_only(operation):
             return result
         for tensor in tracked:
             self._reads[tensor] = self._reads.get(tensor, 0) + 1
