@@ -157,6 +157,9 @@ class OneStep(Hook):
         # Not the wrapper: a scheduler has made its `step` that of the original.
         model, optimizer = copy.deepcopy((runner.model, runner.optim_wrapper.optimizer))
         clip_grad = runner.cfg.optim_wrapper.get('clip_grad')
+        # Loaded biases that beta + alpha does not give to the last bit start both where it does.
+        for layer in psbn_in(model):
+            layer.bias.data.sub_(ALPHA).add_(ALPHA)
         if before:
             for layer in psbn_in(model):
                 unfollow(layer)
@@ -218,6 +221,4 @@ def test_a_step_of_a_detector_is_that_of_the_layer_of_before(config, tmp_path, c
         largest = {key: max(row[key] for row in hook.rows) for key in ('loss', 'params', 'moments')}
         print(f'\n{config.__name__}: {len(hook.rows)} states, largest {json.dumps(largest)}')
     for row in hook.rows:
-        assert max(row['loss'], row['params']) <= 1e-6, row
-        # Of loaded weights b - alpha + alpha is not b to the last bit, which gradients enlarge.
-        assert row['moments'] <= (2e-5 if row['iter'] == 0 else 1e-6), row
+        assert max(row['loss'], row['params'], row['moments']) <= 1e-6, row
