@@ -211,7 +211,7 @@ def test_ctrl_c_while_it_waits_ends_with_one_line(start, command):
     assert process.returncode == 0
 
 
-def test_a_running_trainings_page_is_whole_at_any_moment(tmp_path, source, start):
+def test_a_running_trainings_page_is_whole_at_any_moment(tmp_path, source, start, monkeypatch):
     path, page = tmp_path / 'run/20260101_000000/collapse.jsonl', tmp_path / 'report.html'
     done, seen = threading.Event(), set()
 
@@ -246,5 +246,5 @@ def test_a_running_trainings_page_is_whole_at_any_moment(tmp_path, source, start
     assert left == ('Followed no longer: the report is in report.html\n', '')
     assert process.returncode == 0
     assert not list(tmp_path.rglob('*.part'))
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert page.read_text() == write_report({'run': 'run'}, 'report.html').read_text()
