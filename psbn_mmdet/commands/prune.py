@@ -11,38 +11,46 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import pseudo_collate
-from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DefaultScope
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
 from ..atomic import replacing
-from ..checkpoints import CheckpointError, read_weights, write_content
+from ..checkpoints import (
+    CheckpointError,
+    Weights,
+    read_weights,
+    structure_of_config,
+    write_content,
+)
 from ..checkpoints.config_model import model_of_config
-from ..collapse import find_norms
+from ..collapse import census_of_state_dict
+from ..layers import find_norm_states
 from ..norm_switch import import_package
 from ..preflight import dicts, is_pretrained, load_config
 from ..pruning import MARGIN, ChannelTrace, add_constants, narrow, plan
-from ..records import stage_of
+from ..pruning.compare import (
+    by_stage,
+    dataset_of,
+    images_of,
+    largest_difference,
+    multiply_adds,
+    scores_of,
+    time_ratio,
+)
 from . import complain, say
 
 ROUNDING = 1e-5  # of the largest value
-ROUNDS = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +92,7 @@ def prune(args: argparse.Namespace) -> list[str]:
         if (out / name).exists():
             raise ValueError(f'{out / name} exists and is not overwritten: give another -o')
     cfg = load_config(args.config)
-    weights = read_weights(args.checkpoint).state_dict
+    weights = read_weights(args.checkpoint)
     with (
         DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'),
         redirect_stdout(StringIO()),  # what data sets and evaluators print
@@ -92,22 +100,24 @@ def prune(args: argparse.Namespace) -> list[str]:
     ):
         MMLogger.get_current_instance().setLevel(logging.ERROR)
         whole: Any = model_of_config(cfg).eval()
-        _load(whole, weights, args)
+        _load(whole, weights.state_dict, args)
         with ChannelTrace(whole) as trace:
-            for data in _images(_data(cfg, 'train'), args.images):
+            for data in images_of(dataset_of(cfg, 'train'), args.images):
                 whole.test_step(data)
         cut = plan(trace, whole, args.margin)
-        left = [f'  {count} closed channels stay: {why}' for why, count in cut.left.items()]
-        if cut.held:
-            left.append(f'  {cut.held} channels stay that were closed, but not by the margin')
+        left = [
+            f'  {_by_parameters(cfg, weights)} by their parameters alone, as tools/audit.py counts',
+            f'  {cut.held} channels stay: closed, but not by the margin of {args.margin:g}',
+            *(f'  {count} closed channels stay: {why}' for why, count in cut.left.items()),
+        ]
         if not cut.kept:
             return [f'{args.checkpoint}: nothing to cut on {args.images} images', *left]
         pruned = copy.deepcopy(whole)
         add_constants(pruned, trace, cut.constants)
         narrow(pruned, cut.kept)
-        val = _data(cfg, 'val')
-        images = _images(val, len(val))
-        difference = max((_difference(whole, pruned, data) for data in images), default=0.0)
+        val = dataset_of(cfg, 'val')
+        images = images_of(val, len(val))
+        difference = max((largest_difference(whole, pruned, data) for data in images), default=0.0)
         if difference > ROUNDING and not args.force:
             raise ValueError(
                 f'the outputs differ by up to {difference:.1e} of the largest value on the '
@@ -115,9 +125,9 @@ def prune(args: argparse.Namespace) -> list[str]:
                 f'{args.images} images are open there: give more --images or a larger --margin, '
                 'or --force'
             )
-        scores = [_scores(cfg, val, model) for model in (whole, pruned)]
+        scores = [scores_of(cfg, val, model) for model in (whole, pruned)]
         table = _table(val, whole, pruned)
-        _write(cfg, pruned, cut.kept, out)
+        write(cfg, pruned, cut.kept, out)
     ap = [', '.join(f'{name} {value:.3f}' for name, value in s.items()) for s in scores]
     return [
         f'{args.checkpoint}, watched on {args.images} training images:',
@@ -129,6 +139,18 @@ def prune(args: argparse.Namespace) -> list[str]:
         f'Train it on: python tools/train.py {out}/pruned.py',
         f'Look again:  python tools/audit.py {out}/pruned.pth --config {out}/pruned.py',
     ]
+
+
+def _by_parameters(cfg: Config, weights: Weights) -> str:
+    """The filters that look closed without a pass."""
+    names = find_norm_states(weights.state_dict)
+    census = census_of_state_dict(
+        weights.state_dict,
+        rectifiers=structure_of_config(cfg, names).rectifiers,
+        unstarted=weights.unstarted,
+    )
+    vanished, dead = (census.count(kind) or 0 for kind in ('vanished', 'dead'))
+    return f'{vanished:,} filters are vanished, {dead:,} dead'
 
 
 def _load(model: nn.Module, weights: Any, args: argparse.Namespace) -> None:
@@ -147,58 +169,12 @@ def _load(model: nn.Module, weights: Any, args: argparse.Namespace) -> None:
     model.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
 
 
-def _data(cfg: Config, stage: str) -> Any:
-    """The data set of a stage, whose images come as they are tested."""
-    loader = cfg.get(f'{stage}_dataloader') or {}
-    dataset, tested = loader.get('dataset'), (cfg.get('val_dataloader') or {}).get('dataset')
-    if not dataset or not tested:
-        raise ValueError(f'{cfg.filename} has no {stage}_dataloader and val_dataloader: add them')
-    dataset = copy.deepcopy(dataset)
-    while 'pipeline' not in dataset and 'dataset' in dataset:  # a wrapper
-        dataset = dataset['dataset']
-    dataset['pipeline'] = tested['pipeline']
-    return DATASETS.build(dataset)
-
-
-def _images(data: Any, count: int) -> Iterator[dict]:
-    """At most so many of its images, evenly chosen."""
-    step = max(len(data) / count, 1)
-    for index in range(min(count, len(data))):
-        yield pseudo_collate([data[int(index * step)]])
-
-
-def _difference(whole: Any, pruned: Any, data: dict) -> float:
-    """The largest difference of what backbone, neck and dense heads put out, of its largest."""
-    outputs = []
-    for model in (whole, pruned):
-        inputs = model.data_preprocessor(copy.deepcopy(data), False)['inputs']
-        found = [model.extract_feat(inputs)]
-        for name in ('rpn_head', 'bbox_head'):
-            head = getattr(model, name, None)
-            if head is not None:
-                found.append(head(found[0]))
-        outputs.append([v for v in tree_flatten(found)[0] if isinstance(v, Tensor)])
-    return max(
-        float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
-        for one, other in zip(*outputs)
-    )
-
-
-def _scores(cfg: Config, val: Any, model: Any) -> dict[str, float]:
-    evaluator = Evaluator(cfg.val_evaluator)
-    evaluator.dataset_meta = val.metainfo
-    for data in _images(val, len(val)):
-        evaluator.process(data_samples=model.test_step(data), data_batch=data)
-    found = evaluator.evaluate(len(val))
-    return {k: v for k, v in found.items() if k.endswith(('mAP', 'mAP_50', '/AP'))}
-
-
 def _table(val: Any, whole: Any, pruned: Any) -> str:
     table = Table()
     table.add_column('stage')
     for name in ('filters', 'pruned', 'parameters', 'pruned', 'kept'):
         table.add_column(name, justify='right')
-    rows = [_by_stage(model) for model in (whole, pruned)]
+    rows = [by_stage(model) for model in (whole, pruned)]
     for stage, (filters, parameters) in rows[0].items():
         less = rows[1][stage]
         share = f'{less[1] / max(parameters, 1):.1%}'
@@ -211,63 +187,22 @@ def _table(val: Any, whole: Any, pruned: Any) -> str:
     table.add_row('all', *(f'{n:,}' for pair in sums for n in pair), share)
     text = StringIO()
     Console(file=text, width=110).print(table)
-    data = next(_images(val, 1))
-    prepared = whole.data_preprocessor(copy.deepcopy(data), False)
-    image = prepared['inputs']
-    flops = [
-        get_model_complexity_info(
-            _OfTensors(model, prepared['data_samples']),
-            inputs=(image,),
-            show_table=False,
-            show_arch=False,
-        )['flops']
-        for model in (whole, pruned)
-    ]
-    lines = [text.getvalue().rstrip(), f'Multiply-adds of an image: {flops[0]:,} -> {flops[1]:,}.']
+    data = next(images_of(val, 1))
+    image = whole.data_preprocessor(copy.deepcopy(data), False)['inputs']
+    adds = [multiply_adds(model, data) for model in (whole, pruned)]
+    lines = [text.getvalue().rstrip(), f'Multiply-adds of an image: {adds[0]:,} -> {adds[1]:,}.']
     for name, run in (
         ('backbone', lambda model: model.backbone(image)),
         ('whole network', lambda model: model.test_step(data)),
     ):
-        ratios = np.array([_seconds(run, pruned) / _seconds(run, whole) for _ in range(ROUNDS)])
-        low, middle, high = np.percentile(ratios, (25, 50, 75))
+        low, middle, high = time_ratio(run, pruned, whole)
         lines.append(
             f'Time of the {name}: {middle:.2f} of the whole (quartiles {low:.2f}, {high:.2f}).'
         )
     return '\n'.join(lines)
 
 
-class _OfTensors(nn.Module):
-    """A model with the data samples that belong to its input."""
-
-    def __init__(self, model: nn.Module, samples: list) -> None:
-        super().__init__()
-        self.model = model
-        self._samples = samples
-
-    def forward(self, inputs: Tensor) -> Any:
-        return self.model(inputs, self._samples, mode='tensor')
-
-
-def _seconds(run: Any, model: Any) -> float:
-    start = time.perf_counter()
-    run(model)
-    return time.perf_counter() - start
-
-
-def _by_stage(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Channels of norms, and parameters."""
-    found: dict[str, tuple[int, int]] = {}
-    norms = find_norms(model)
-    for name, module in model.named_modules():
-        own = sum(p.numel() for p in module.parameters(recurse=False))
-        if own:
-            filters, parameters = found.get(stage_of(name), (0, 0))
-            filters += norms[name].num_features if name in norms else 0
-            found[stage_of(name)] = filters, parameters + own
-    return found
-
-
-def _write(cfg: Config, pruned: nn.Module, kept: dict, out: Path) -> None:
+def write(cfg: Config, pruned: nn.Module, kept: dict, out: Path) -> None:
     """The weights, and a config of their own."""
     cfg = copy.deepcopy(cfg)
     own = dict(cfg.model)

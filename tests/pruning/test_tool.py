@@ -14,16 +14,19 @@ import torch
 from limits import HANG
 from mmdet.apis import DetInferencer
 from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from onnx_export import export
 from torch import nn
 
-from psbn_mmdet.checkpoints import read_weights
+from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.collapse import find_norms
 from psbn_mmdet.commands import prune
 from psbn_mmdet.norm_switch import switch_config
 from psbn_mmdet.preflight import load_config
+from psbn_mmdet.pruning import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -97,6 +100,19 @@ def size_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def test_several_data_sets_and_wrappers_are_watched(whole):
+    cfg = Config.fromfile(whole.config)
+    one = cfg.train_dataloader.dataset
+    repeated = dict(type='RepeatDataset', times=3, dataset=one)
+    both = dict(type='ConcatDataset', datasets=[one, repeated])
+    balanced = dict(type='ClassBalancedDataset', dataset=both, oversample_thr=0.1)
+    for dataset, count in ((one, 1), (both, 2), (balanced, 2)):
+        cfg.train_dataloader.dataset = dataset
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            images = list(compare.images_of(compare.dataset_of(cfg, 'train'), 100))
+        assert len(images) == 4 * count and images[0]['inputs'][0].shape == (3, 96, 96)
+
+
 def test_half_of_the_filters_leave_a_third_of_the_backbone(whole, pruned):
     before, after = built(whole), built(pruned)
     assert size_of(after.backbone) < size_of(before.backbone) / 3
@@ -128,6 +144,28 @@ def test_it_trains_on_and_is_counted(pruned, tmp_path):
     assert runner.iter == 2
     assert (tmp_path / 'epoch_1.pth').is_file()
     assert list(tmp_path.glob('*/collapse.jsonl'))
+
+
+def test_it_resumes_with_an_average_and_recovery(pruned, tmp_path):
+    cfg = Config.fromfile(pruned.config)
+    switch_config(cfg, 'psBN')  # with the RecoveryHook
+    cfg.custom_hooks.append(dict(type='EMAHook'))
+    cfg.work_dir, cfg.load_from = str(tmp_path), str(pruned.checkpoint)
+    Runner.from_cfg(cfg).train()
+    for singletons in (MMLogger, MessageHub, Visualizer):
+        singletons._instance_dict.clear()
+    cfg.train_cfg.max_epochs, cfg.resume = 2, True
+    cfg.load_from = str(tmp_path / 'epoch_1.pth')
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.iter == 4
+    names = {type(hook).__name__ for hook in runner.hooks}
+    assert {'EMAHook', 'RecoveryHook', 'CollapseHook'} <= names
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'WARNING - RecoveryHook' not in log and 'WARNING - CollapseHook' not in log
+    averaged = read_content(tmp_path / 'epoch_2.pth')['ema_state_dict']
+    stem = 'module.backbone.layer1.0.bn1.weight'
+    assert averaged[stem].shape == runner.model.backbone.layer1[0].bn1.weight.shape
 
 
 def test_it_is_switched_to_psbn(pruned):
@@ -212,7 +250,7 @@ def test_without_closed_filters_nothing_is_written(whole, tmp_path, capsys):
     ('change', 'words'),
     [
         (['--images', '0'], '--images must be at least 1'),
-        (['--config', 'demo/faster-rcnn_r18_fpn_cells.py'], 'give the config that it was trained'),
+        (['--config', ROOT / 'demo/faster-rcnn_r18_fpn_cells.py'], 'give the config that it was'),
     ],
 )
 def test_bad_input_is_one_sentence(whole, tmp_path, capsys, change, words):
