@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import gpu_right
 import numpy as np
 import torch
 from hook_overhead import DETECTORS, attach, close, ready, step
@@ -34,6 +35,8 @@ def measurements(context: Any) -> Iterator[tuple[str, Callable[[], dict]]]:
         for name, setting in SETTINGS.items():
             do = partial(layers, context.device, context.small, batch, **setting)
             yield f"psBN over BN, ResNet-50's layers, batch {batch}, {name}", do
+    for name, dtype in (('fp32', None), ('autocast fp16', torch.float16)):
+        yield f'a pruned backbone over the whole one, {name}', partial(pruned, context, dtype)
     yield "hooks in a detector's training step", partial(detector, context)
 
 
@@ -97,6 +100,28 @@ def layers(
 def as_text(values: dict[str, float]) -> str:
     """Median and quartiles."""
     return f'{values["median"]:.4f} [{values["q25"]:.4f}, {values["q75"]:.4f}]'
+
+
+# Pruning
+
+
+@torch.no_grad()
+def pruned(context: Any, dtype: torch.dtype | None) -> dict:
+    """Without a third of the channels, and with widths rounded up to multiples of 8 and 16."""
+    device, runs = context.device, {}
+
+    def run(model: Any, image: torch.Tensor) -> None:
+        with torch.autocast(device.type, dtype, dtype is not None):
+            model.backbone(image)
+
+    for multiple in (1, 8, 16):
+        whole, less, image = gpu_right.pruned(context, multiple)
+        runs['whole'] = partial(run, whole, image)
+        runs[f'multiples of {multiple}'] = partial(run, less, image)
+    rounds = 4 if context.small else 40
+    times = side_by_side(runs, rounds, 2, device)
+    row = {name: spread(times[name] / times['whole']) for name in runs if name != 'whole'}
+    return {'text': ', '.join(f'{name} {as_text(found)}' for name, found in row.items()), **row}
 
 
 # The hooks

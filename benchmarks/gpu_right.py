@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from psbn_mmdet.layers import (
     bn_to_psbn,
     psbn_to_bn,
 )
+from psbn_mmdet.pruning import ChannelTrace, add_constants, narrow, plan
 
 BATCHES = 8
 _ADAM: dict[str, Any] = dict(lr=1e-3, weight_decay=0.5)
@@ -91,6 +93,7 @@ def checks(context: Any) -> Iterator[tuple[str, Callable[[], dict]]]:
     for name in ('faster-rcnn', 'retinanet'):
         do = partial(detector, name, context.drawn, context.folder)
         yield f'{name} with psBN trains', do
+    yield 'a pruned detector as the whole one', partial(as_whole, context)
     do = partial(counts, device, context.drawn, context.folder)
     yield "CollapseHook's counts as on the CPU", do
     yield 'RecoveryHook until a filter opens', partial(recovery, device, context.folder)
@@ -302,6 +305,46 @@ def detector(name: str, drawn: Path, folder: Path) -> dict:
     ok = all(map(math.isfinite, losses)) and any(moved)
     text = f'loss {losses[0]:.2f}, after 10 steps {losses[-1]:.2f}'
     return {'ok': ok, 'text': f'{text}; {sum(moved)} of {len(moved)} biases have moved'}
+
+
+@torch.no_grad()
+def pruned(context: Any, multiple: int = 1) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A detector with a third of the channels of each norm closed, what is left of it, an image.
+
+    ``multiple`` is what the widths that are left are multiples of.
+    """
+    path, scale = (
+        DETECTORS['demo'] if context.small else (DETECTORS['faster-rcnn_r50'][0], (1333, 800))
+    )
+    folder = f'{context.folder}/pruned_{multiple}'
+    runner, batch = ready(path, scale, f'{context.drawn}/', folder, lr=0.0)
+    model: Any = runner.model.eval()
+    for norm in model.backbone.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            closed = norm.num_features // 3 // multiple * multiple
+            norm.weight.fill_(0.1)
+            norm.bias.fill_(0.1)
+            norm.bias[:closed] = -9.0
+    data = model.data_preprocessor(batch, False)
+    with ChannelTrace(model) as trace:
+        model(**data, mode='predict')
+    cut = plan(trace, model)
+    less = deepcopy(model)
+    add_constants(less, trace, cut.constants)
+    return model, narrow(less, cut.kept), data['inputs']
+
+
+@torch.no_grad()
+def as_whole(context: Any) -> dict:
+    """What a backbone and a neck put out, whole and pruned."""
+    whole, less, image = pruned(context)
+    apart = max(
+        float((one - other).abs().max() / one.abs().max())
+        for one, other in zip(whole.extract_feat(image), less.extract_feat(image))
+    )
+    sizes = [sum(p.numel() for p in model.backbone.parameters()) for model in (whole, less)]
+    text = f'features apart by {apart:.0e} of the largest, parameters {sizes[0]:,} -> {sizes[1]:,}'
+    return {'ok': apart <= 1e-5 and sizes[1] < 0.6 * sizes[0], 'text': text}
 
 
 def counts(device: torch.device, drawn: Path, folder: Path) -> dict:
