@@ -64,11 +64,12 @@ QUICK = {
 }
 
 
-def train(config: Path, work_dir: Path, **options: object) -> None:
+def train(config: Path, work_dir: Path, *flags: object, **options: object) -> None:
     """Run tools/train.py, which resumes what was interrupted; its output goes to a file."""
     resume = ['--resume'] if (work_dir / 'last_checkpoint').exists() else []
     work_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, ROOT / 'tools/train.py', config, '--work-dir', work_dir, *resume]
+    command += map(str, flags)
     if options:
         command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
     # Where the experiments' own hooks are found.

@@ -1,0 +1,482 @@
+"""Collapse on purpose, then cut: how much decay, for how long, and what other pruners do.
+
+The tutorial's Faster R-CNN, finetuned with BN on photographs of blood cells at learning rate 0.02:
+plain, and with --shrink at decays of gamma and beta from 0.01 to 0.3, each for as many epochs as
+give 4, 8, 12 and 20 e-foldings of an undriven gamma (the map), and at the tutorial's 6 epochs and
+0.005. Rivals, all cut to the multiply-adds of --shrink 0.1 at 12 e-foldings: Torch-Pruning's
+pruners of the plain detector, by gamma and by magnitude, and network slimming (L1 on gamma in the
+training, then cut by gamma), each as cut and trained as long again; detectors built narrow, from
+scratch and pretrained as the whole one was. And the demo's detector from scratch at 50 times the
+decay, and SSDLite from scratch. AP is that on the validation set, and, of the test set, which
+decided nothing. Each training is one of tools/train.py.
+
+    make demo-compare && python benchmarks/evidence/shrink.py
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from common import (
+    BLUE,
+    GREEN,
+    GREY,
+    IMAGES,
+    ORANGE,
+    PINK,
+    RED,
+    ROOT,
+    SKY,
+    Experiment,
+    markdown_table,
+    read_config,
+    table,
+)
+from detection import CONFIGS, OPTIONS, data_options, drawn_data, last_checkpoint, scores_of, train
+from matplotlib.figure import Figure
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from torch import nn
+
+from psbn_mmdet.checkpoints import read_weights
+from psbn_mmdet.checkpoints.config_model import model_of_config
+from psbn_mmdet.commands import prune
+from psbn_mmdet.preflight import load_config
+from psbn_mmdet.pruning import compare, narrow
+from psbn_mmdet.records import format_ranges, read_records
+from psbn_mmdet.report import find_record
+
+CELLS = ROOT / 'demo/faster-rcnn_r18_fpn_cells.py'
+DEMO = ROOT / 'demo/faster-rcnn_r18_fpn_bn_demo.py'
+RATE = 0.02
+PLAIN = (6, 18, 36, 60)  # epochs
+# Epochs by the decay that give 4, 8, 12 and 20 e-foldings; the longest are left out.
+MAP = {0.3: (2, 4, 6, 10), 0.1: (6, 12, 18, 30), 0.03: (20, 40, 60, 100), 0.01: (60, 120)}
+ONE_SEED = ((0.03, 100), (0.01, 60), (0.01, 120))
+EPOCHS = 18  # of --shrink 0.1 at 12 e-foldings, to whose size the rivals are cut
+PRUNERS = {'BNScalePruner': 'gamma', 'MagnitudePruner': 'magnitude'}
+L1 = (0.003, 0.01, 0.03)
+NARROW = (8, 16)  # base_channels: as many parameters in the backbone, as many multiply-adds
+_LOCK = Lock()
+COLOURS = (RED, ORANGE, PINK, SKY)
+
+
+class Cut(NamedTuple):
+    """The files of a cut detector."""
+
+    config: Path
+    checkpoint: Path
+
+
+class Shrinking:
+    """The runs, in a work dir."""
+
+    def __init__(self, experiment: Experiment, start: Path) -> None:
+        self.folder = experiment.work_dir.resolve() / 'shrink'
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cells = data_options(os.path.abspath(experiment.args.images))
+        self.drawn = drawn_data(experiment)
+        self.start = start
+
+    # Trainings
+
+    def finetune(
+        self,
+        name: str,
+        seed: int,
+        epochs: int = EPOCHS,
+        flags: tuple = ('--watch-collapse',),
+        config: Path = CELLS,
+        **options: object,
+    ) -> Path:
+        """A training on the photographs, with the tutorial's schedule stretched over epochs."""
+        work_dir = self.folder / f'{name}_{seed}'.replace(' ', '-')
+        milestones = [max(round(epochs * share), 1) for share in (2 / 3, 8 / 9)]
+        settings = {
+            'randomness.seed': seed,
+            'optim_wrapper.optimizer.lr': RATE,
+            'train_cfg.max_epochs': epochs,
+            'train_cfg.val_interval': epochs,
+            'param_scheduler.1.milestones': str(milestones).replace(' ', ''),
+            'default_hooks.checkpoint.interval': epochs,
+            'load_from': self.start,
+            **self.cells,
+            **options,
+        }
+        train_once(config, work_dir, *flags, **settings)
+        return work_dir
+
+    def plain(self, epochs: int, seed: int, rate: float = RATE) -> list[dict]:
+        """BN with the weight decay of all else."""
+        name = f'plain_{epochs}' + ('' if rate == RATE else f'_{rate}')
+        work_dir = self.finetune(name, seed, epochs, **{'optim_wrapper.optimizer.lr': rate})
+        return [self.whole(work_dir)]
+
+    def shrunk(self, decay: float, epochs: int, seed: int, rate: float = RATE) -> list[dict]:
+        """--shrink, which cuts at the end."""
+        name = f'shrink_{decay}_{epochs}' + ('' if rate == RATE else f'_{rate}')
+        options = {'optim_wrapper.optimizer.lr': rate}
+        work_dir = self.finetune(name, seed, epochs, ('--shrink', decay), **options)
+        return [{**self.whole(work_dir), **self.cut_of(work_dir)}]
+
+    def again(self, seed: int) -> list[dict]:
+        """--shrink, cut, and trained as long again with the decay of all else."""
+        before = self.folder / f'shrink_0.1_{EPOCHS}_{seed}'
+        files = cut_files(before)
+        return [self.trained_on('shrink', seed, files)]
+
+    def pruned(self, pruner: str, seed: int) -> list[dict]:
+        """The plain detector cut by another pruner, as it is and trained as long again."""
+        before = self.folder / f'plain_{EPOCHS}_{seed}'
+        return self._rival(pruner, before, PRUNERS[pruner], seed)
+
+    def slimmed(self, l1: float, seed: int) -> list[dict]:
+        """Network slimming: a training with L1 on gamma, cut by gamma, trained as long again."""
+        config = self.folder / 'slimming.py'
+        if not config.exists():
+            config.write_text(
+                f'_base_ = [{str(CELLS)!r}]\n'
+                "custom_imports = dict(imports=['psbn_mmdet', 'slimming'])\n"
+                "custom_hooks = [dict(type='SlimmingHook', weight=0.0)]\n"
+            )
+        weight = {'custom_hooks.0.weight': l1}
+        work_dir = self.finetune(f'slimming_{l1}', seed, config=config, **weight)
+        return self._rival(f'slimming {l1}', work_dir, 'gamma', seed)
+
+    def _rival(self, name: str, before: Path, by: str, seed: int) -> list[dict]:
+        target = self.cut_of(self.folder / f'shrink_0.1_{EPOCHS}_{seed}')['multiply-adds pruned']
+        files = cut_by(by, before, target, self.folder / f'{name}_cut_{seed}'.replace(' ', '-'))
+        whole, cut = self.whole(before), self.measure(files)
+        as_cut = {'trained again': False, 'AP whole': whole['AP'], **cut, 'AP': cut['AP pruned']}
+        return [as_cut, {'AP whole': whole['AP'], **self.trained_on(name, seed, files)}]
+
+    def trained_on(self, name: str, seed: int, files: Cut) -> dict:
+        """A cut detector's scores after as long a training again."""
+        options = {
+            'load_from': files.checkpoint,
+            'optim_wrapper.paramwise_cfg.norm_decay_mult': 1,
+        }
+        work_dir = self.finetune(f'{name}_again', seed, config=files.config, **options)
+        again = Cut(files.config, last_checkpoint(work_dir))
+        return {'trained again': True, **self.measure(again), **self.whole(work_dir)}
+
+    def narrow(self, channels: int, pretrained: bool, epochs: int, seed: int) -> list[dict]:
+        """A detector built with a narrower backbone."""
+        narrower = {
+            'model.backbone.base_channels': channels,
+            'model.neck.in_channels': str([channels * k for k in (1, 2, 4, 8)]).replace(' ', ''),
+        }
+        options: dict[str, object] = {'load_from': None}
+        if pretrained:
+            before = self.folder / f'pretrained_{channels}'
+            train_once(DEMO, before, **narrower, **self.drawn)
+            options['load_from'] = last_checkpoint(before)
+        name = f'narrow_{channels}_{epochs}' + ('_pretrained' if pretrained else '')
+        work_dir = self.finetune(name, seed, epochs, **narrower, **options)
+        files = Cut(work_dir / CELLS.name, last_checkpoint(work_dir))
+        return [{**self.whole(work_dir), **self.measure(files)}]
+
+    def from_scratch(self, times: int, seed: int) -> list[dict]:
+        """The demo's detector on the drawn data, with a multiple of the decay; then cut."""
+        work_dir = self.folder / f'scratch_{times}_{seed}'
+        options = {
+            'randomness.seed': seed,
+            'optim_wrapper.paramwise_cfg.norm_decay_mult': times,
+            'default_hooks.checkpoint.save_best': None,
+            **self.drawn,
+        }
+        train_once(DEMO, work_dir, **options)
+        out = work_dir / 'pruned_last'
+        if not (out / 'pruned.py').exists():
+            checkpoint = last_checkpoint(work_dir)
+            command = [checkpoint, '--config', work_dir / DEMO.name, '-o', out]
+            with _LOCK, (work_dir / 'train.txt').open('a') as file, redirect_stdout(file):
+                if prune.main(list(map(str, command))):
+                    raise RuntimeError(f'{checkpoint} could not be pruned')
+        return [{**self.whole(work_dir, test=False), **self.cut_of(work_dir, test=False)}]
+
+    def free(self, cut: bool, seed: int) -> list[dict]:
+        """The tutorial's finetuning of the detector from scratch at 50 times, whole or cut first.
+
+        Cut by what was closed on the drawn images, not on the photographs.
+        """
+        before = self.folder / 'scratch_50_0'
+        files = Cut(before / DEMO.name, last_checkpoint(before))
+        name, config = 'free_whole', CELLS
+        if cut:
+            name, config = 'free_cut', self.folder / 'free_cut.py'
+            files = Cut(before / 'pruned_last/pruned.py', before / 'pruned_last/pruned.pth')
+            with alone():
+                cfg = load_config(str(CELLS))
+                cfg.model = read_config(files.config).model
+                cfg.model.roi_head.bbox_head.num_classes = 3
+                cfg.dump(config)
+        options = {'optim_wrapper.optimizer.lr': 0.005, 'load_from': files.checkpoint}
+        work_dir = self.finetune(name, seed, 6, config=config, **options)
+        return [self.whole(work_dir)]
+
+    def costs(self) -> list[dict]:
+        """Time and memory of a training step of the cut detector over those of the whole one."""
+        runners = []
+        for name in ('free_whole', 'free_cut'):
+            cfg = read_config(next((self.folder / f'{name}_0').glob('*.py')))
+            cfg.work_dir, cfg.visualizer.name = str(self.folder / f'costs_{name}'), name
+            cfg.custom_hooks = []
+            cfg.train_dataloader.update(num_workers=0, persistent_workers=False)
+            with alone(), torch.enable_grad():
+                runners.append(Runner.from_cfg(cfg))
+                runners[-1].train_loop = runners[-1].build_train_loop(cfg.train_cfg)
+        batch = next(iter(runners[0].train_dataloader))
+        found = {}
+        for name, runner in zip(('whole', 'cut'), runners):
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
+            model, found[name] = runner.model.train(), 0
+
+            def keep(tensor: torch.Tensor, name: str = name) -> torch.Tensor:
+                if tensor.data_ptr() not in seen:
+                    seen.add(tensor.data_ptr())
+                    found[name] += tensor.numel() * tensor.element_size()
+                return tensor
+
+            parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+            seen = {p.data_ptr() for p in model.parameters()}
+            torch.manual_seed(0)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                model.train_step(copy.deepcopy(batch), runner.optim_wrapper)
+            found[name] += 3 * parameters  # with gradients and momentum
+
+        def step(runner: Any) -> None:
+            torch.manual_seed(0)
+            runner.model.train_step(copy.deepcopy(batch), runner.optim_wrapper)
+
+        low, middle, high = compare.time_ratio(step, runners[1], runners[0])
+        times = {'time': middle, 'time low': low, 'time high': high}
+        return [{**times, 'memory': found['cut'] / found['whole'], **found}]
+
+    # What became of them
+
+    def whole(self, work_dir: Path, test: bool = True) -> dict:
+        """AP of a training's last checkpoint, and the filters that have collapsed."""
+        reports = read_records(find_record(work_dir)).reports
+        found = {
+            'AP': scores_of(work_dir)[-1]['AP'],
+            'collapsed': reports[-1]['total']['collapsed'],
+        }
+        if test:
+            config = next(work_dir.glob('*.py'))
+            for path in (work_dir / 'shrunk.py', work_dir / CELLS.name):
+                config = path if path.exists() else config
+            found['AP test'] = self.on_test(Cut(config, last_checkpoint(work_dir)))
+        return found
+
+    def on_test(self, files: Cut) -> float:
+        """AP on the test set."""
+        cfg = read_config(files.config)
+        cfg.test_dataloader.dataset.ann_file = 'annotations/test.json'
+        cfg.val_evaluator.ann_file = cfg.val_evaluator.ann_file.replace('val.json', 'test.json')
+        with alone():
+            model = built(cfg, files.checkpoint)
+            return compare.scores_of(cfg, compare.dataset_of(cfg, 'test'), model)['coco/bbox_mAP']
+
+    def measure(self, files: Cut) -> dict:
+        """AP and sizes of a detector."""
+        cfg = read_config(files.config)
+        with alone():
+            model, val = built(cfg, files.checkpoint), compare.dataset_of(cfg, 'val')
+            adds = compare.multiply_adds(model, next(compare.images_of(val, 1)))
+            ap = compare.scores_of(cfg, val, model)['coco/bbox_mAP']
+        return {
+            'AP pruned': ap,
+            'multiply-adds pruned': adds,
+            'backbone pruned': sum(p.numel() for p in model.backbone.parameters()),
+        }
+
+    def cut_of(self, work_dir: Path, test: bool = True) -> dict:
+        """What pruning said of a training's last checkpoint, and AP on the test set."""
+        text = (work_dir / 'train.txt').read_text()
+        row: dict[str, Any] = {}
+        for name, pattern in (
+            ('multiply-adds', r'Multiply-adds of an image: ([\d,]+) -> ([\d,]+)'),
+            ('AP', r'whole: coco/bbox_mAP ([\d.]+).*pruned: coco/bbox_mAP ([\d.]+)'),
+        ):
+            found = [float(n.replace(',', '')) for n in re.findall(pattern, text)[-1]]
+            row[f'{name} whole'], row[f'{name} pruned'] = found
+        lines = [line.split('│') for line in text.split('watched on')[-1].splitlines()]
+        cells = [line[4:6] for line in lines if line[1:] and line[1].startswith(' backbone')]
+        sums = [sum(int(c.replace(',', '')) for c in column) for column in zip(*cells)]
+        row['backbone whole'], row['backbone pruned'] = sums
+        times = re.findall(r'Time of the .*?: ([\d.]+)', text)
+        row['time backbone'], row['time'] = map(float, times[-2:])
+        row['difference'] = float(re.findall(r'differ by ([\d.e+-]+)', text)[-1])
+        if test:
+            row['AP test pruned'] = self.on_test(cut_files(work_dir))
+        return row
+
+
+def train_once(config: Path, work_dir: Path, *flags: object, **options: object) -> None:
+    """Train, if that has not ended, and its cut with it."""
+    if not (work_dir / 'done').exists():
+        train(config, work_dir, *flags, **options)
+        (work_dir / 'done').touch()
+
+
+def cut_files(work_dir: Path) -> Cut:
+    """What --shrink has written."""
+    (config,) = work_dir.glob('pruned_epoch_*/pruned.py')
+    return Cut(config, config.with_suffix('.pth'))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In MMDetection's scope, without gradients; one thread at a time, since these are global."""
+    with _LOCK, DefaultScope.overwrite_default_scope('mmdet'), torch.no_grad():
+        yield
+
+
+def built(cfg: Any, checkpoint: Path) -> Any:
+    """The model of a config with a checkpoint's weights."""
+    model = model_of_config(cfg).eval()
+    model.load_state_dict(read_weights(checkpoint).state_dict)
+    return model
+
+
+# The rivals
+
+
+class Features(nn.Module):
+    """Backbone and neck, on an image."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.model.extract_feat(x)
+
+
+def kept_by(by: str, model: nn.Module, ratio: float) -> dict[str, dict[str, str]]:
+    """What a pruner of Torch-Pruning keeps of a backbone."""
+    import torch_pruning as tp
+
+    net = Features(copy.deepcopy(model)).eval()
+    for param in net.parameters():
+        param.requires_grad_(True)
+    names = {module: name[len('model.') :] for name, module in net.named_modules()}
+    pruner, importance = {
+        'gamma': (tp.pruner.BNScalePruner, tp.importance.BNScaleImportance()),
+        'magnitude': (tp.pruner.MetaPruner, tp.importance.GroupMagnitudeImportance(p=2)),
+    }[by]
+    pruner = pruner(
+        net,
+        torch.zeros(1, 3, 128, 128),
+        importance=importance,
+        pruning_ratio=ratio,
+        max_pruning_ratio=0.99,
+        global_pruning=True,
+        ignored_layers=[
+            module
+            for module, name in names.items()
+            if isinstance(module, nn.Conv2d) and not name.startswith('backbone')
+        ],
+    )
+    gone: dict[tuple[str, str], set[int]] = {}
+    for group in pruner.step(interactive=True):
+        for dependency, indices in group:
+            name = names.get(dependency.target.module)
+            if name is not None:
+                is_out = pruner.DG.is_out_channel_pruning_fn(dependency.handler)
+                gone.setdefault((name, 'outputs' if is_out else 'inputs'), set()).update(indices)
+    kept: dict[str, dict[str, str]] = {}
+    modules: Any = dict(model.named_modules())
+    for (name, side), indices in gone.items():
+        module = modules[name]
+        size = module.num_features if hasattr(module, 'num_features') else None
+        if size is None:
+            size = module.weight.shape[0 if side == 'outputs' else 1]
+        kept.setdefault(name, {})[side] = format_ranges(~np.isin(range(size), list(indices)))
+    return kept
+
+
+def cut_by(by: str, before: Path, target: float, out: Path) -> Cut:
+    """Cut a training's last checkpoint by a pruner, to at most so many multiply-adds."""
+    files = Cut(out / 'pruned.py', out / 'pruned.pth')
+    if files.config.exists():
+        return files
+    cfg = read_config(next(before.glob('*.py')))
+    cfg.custom_imports.imports, cfg.custom_hooks = ['psbn_mmdet'], []
+    with alone():
+        whole = built(cfg, last_checkpoint(before))
+        data = next(compare.images_of(compare.dataset_of(cfg, 'val'), 1))
+        low, high = 0.0, 0.99
+        for _ in range(8):
+            ratio = (low + high) / 2
+            with torch.enable_grad():
+                kept = kept_by(by, whole, ratio)
+            pruned = narrow(copy.deepcopy(whole), kept)
+            low, high = (
+                (low, ratio) if compare.multiply_adds(pruned, data) <= target else (ratio, high)
+            )
+        with torch.enable_grad():
+            kept = kept_by(by, whole, high)
+    pruned = narrow(copy.deepcopy(whole), kept)
+    prune.write(cfg, pruned, kept, out)
+    return files
+
+
+def main() -> None:
+    """Train, cut, write."""
+    experiment = Experiment(
+        'shrink',
+        __doc__,
+        [
+            *OPTIONS,
+            IMAGES,
+            ('--seeds', '2', 'of each arm'),
+            ('--start', str(ROOT / 'work_dirs/compare/bn/epoch_16.pth'), 'the pretrained detector'),
+        ],
+    )
+    seeds, jobs = range(int(experiment.args.seeds)), int(experiment.args.jobs)
+    runs = Shrinking(experiment, Path(experiment.args.start).resolve())
+    done: list[tuple[dict, list[dict]]] = []
+
+    def run(do: Callable, *settings: dict) -> None:
+        kind = do.__name__
+        done.extend(
+            experiment.run([{'kind': kind, **s} for s in settings], lambda kind, **s: do(**s), jobs)
+        )
+
+    for seed in seeds:
+        run(runs.shrunk, *({'decay': 0.1, 'epochs': e, 'seed': seed} for e in MAP[0.1]))
+        run(runs.plain, *({'epochs': e, 'seed': seed} for e in PLAIN[:3]))
+        run(runs.again, {'seed': seed})
+        run(runs.pruned, *({'pruner': p, 'seed': seed} for p in PRUNERS))
+        run(
+            runs.narrow,
+            *(
+                {'channels': c, 'pretrained': p, 'epochs': 18 if p else 36, 'seed': seed}
+                for c in NARROW
+                for p in (True, False)
+            ),
+        )
+        run(runs.shrunk, *({'decay': 0.3, 'epochs': e, 'seed': seed} for e in MAP[0.3]))
+        if seed == 0:
+            run(runs.from_scratch, *({'times': t, 'seed': 0} for t in (20, 50)))
+            run(runs.slimmed, *({'l1': l1, 'seed': seed} for l1 in L1))
+        run(runs.shrunk, *({'decay': 0.03, 'epochs': e, 'seed': seed} for e in MAP[0.03][:3]))
+        run(runs.shrunk, {'decay': 0.92, 'epochs': 6, 'seed': seed, 'rate': 0.005})
+        run(runs.plain, {'epochs': 60, 'seed': seed}, {'epochs': 6, 'seed': seed, 'rate': 0.005})
+    run(runs.shrunk, *({'decay': d, 'epochs': e, 'seed': 0} for d, e in ONE_SEED))
+    experiment.write(runs=[{**s, 'rows': r} for s, r in done])
+
+
+if __name__ == '__main__':
+    main()
