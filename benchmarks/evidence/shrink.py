@@ -58,13 +58,11 @@ from psbn_mmdet.report import find_record
 CELLS = ROOT / 'demo/faster-rcnn_r18_fpn_cells.py'
 DEMO = ROOT / 'demo/faster-rcnn_r18_fpn_bn_demo.py'
 RATE = 0.02
-PLAIN = (6, 18, 36, 60)  # epochs
 # Epochs by the decay that give 4, 8, 12 and 20 e-foldings; the longest are left out.
-MAP = {0.3: (2, 4, 6, 10), 0.1: (6, 12, 18, 30), 0.03: (20, 40, 60, 100), 0.01: (60, 120)}
-ONE_SEED = ((0.03, 100), (0.01, 60), (0.01, 120))
+MAP = {0.3: (2, 4, 6, 10), 0.1: (6, 12, 18, 30), 0.03: (20, 40, 60), 0.01: (60,)}
 EPOCHS = 18  # of --shrink 0.1 at 12 e-foldings, to whose size the rivals are cut
 PRUNERS = {'BNScalePruner': 'gamma', 'MagnitudePruner': 'magnitude'}
-L1 = (0.003, 0.01, 0.03)
+L1 = (0.01, 0.03)
 NARROW = (8, 16)  # base_channels: as many parameters in the backbone, as many multiply-adds
 _LOCK = Lock()
 COLOURS = (RED, ORANGE, PINK, SKY)
@@ -198,7 +196,7 @@ class Shrinking:
         out = work_dir / 'pruned_last'
         if not (out / 'pruned.py').exists():
             checkpoint = last_checkpoint(work_dir)
-            command = [checkpoint, '--config', work_dir / DEMO.name, '-o', out]
+            command = [checkpoint, '--config', work_dir / DEMO.name, '-o', out, '--force']
             with _LOCK, (work_dir / 'train.txt').open('a') as file, redirect_stdout(file):
                 if prune.main(list(map(str, command))):
                     raise RuntimeError(f'{checkpoint} could not be pruned')
@@ -432,6 +430,37 @@ def cut_by(by: str, before: Path, target: float, out: Path) -> Cut:
     return files
 
 
+def plan_of_runs() -> Iterator[list[dict]]:
+    """What is trained: the map, then what is made of it, by seed; three seeds of the default."""
+    default = dict(kind='shrunk', decay=0.1, epochs=EPOCHS)
+    tutorial = dict(epochs=6, rate=0.005)
+    yield [{**default, 'seed': seed} for seed in range(3)]
+    yield [dict(kind='plain', epochs=EPOCHS, seed=seed) for seed in range(3)]
+    yield [dict(kind='shrunk', decay=0.92, seed=seed, **tutorial) for seed in range(3)]
+    yield [dict(kind='plain', seed=seed, **tutorial) for seed in range(3)]
+    yield [dict(kind='from_scratch', times=50, seed=0)]
+    for seed in range(2):
+        yield [
+            *(dict(kind='shrunk', decay=0.1, epochs=e, seed=seed) for e in MAP[0.1]),
+            *(dict(kind='plain', epochs=e, seed=seed) for e in (6, 36)),
+            *(dict(kind='pruned', pruner=p, seed=seed) for p in PRUNERS),
+            dict(kind='again', seed=seed),
+            *(dict(kind='slimmed', l1=l1, seed=seed) for l1 in (L1 if seed == 0 else ())),
+            *(dict(kind='shrunk', decay=0.3, epochs=e, seed=seed) for e in MAP[0.3]),
+            *(
+                dict(kind='narrow', channels=c, pretrained=True, epochs=18, seed=seed)
+                for c in NARROW
+            ),
+        ]
+    yield [dict(kind='free', cut=cut, seed=seed) for seed in range(3) for cut in (False, True)]
+    yield [dict(kind='shrunk', decay=0.03, epochs=e, seed=0) for e in MAP[0.03]]
+    yield [
+        dict(kind='narrow', channels=16, pretrained=False, epochs=36, seed=0),
+        dict(kind='plain', epochs=60, seed=0),
+        dict(kind='shrunk', decay=0.01, epochs=60, seed=0),
+    ]
+
+
 def main() -> None:
     """Train, cut, write."""
     experiment = Experiment(
@@ -440,41 +469,18 @@ def main() -> None:
         [
             *OPTIONS,
             IMAGES,
-            ('--seeds', '2', 'of each arm'),
             ('--start', str(ROOT / 'work_dirs/compare/bn/epoch_16.pth'), 'the pretrained detector'),
         ],
     )
-    seeds, jobs = range(int(experiment.args.seeds)), int(experiment.args.jobs)
     runs = Shrinking(experiment, Path(experiment.args.start).resolve())
-    done: list[tuple[dict, list[dict]]] = []
 
-    def run(do: Callable, *settings: dict) -> None:
-        kind = do.__name__
-        done.extend(
-            experiment.run([{'kind': kind, **s} for s in settings], lambda kind, **s: do(**s), jobs)
-        )
+    def run(settings: list[dict]) -> list[tuple[dict, list[dict]]]:
+        def do(kind: str, **setting: Any) -> list[dict]:
+            return getattr(runs, kind)(**setting)
 
-    for seed in seeds:
-        run(runs.shrunk, *({'decay': 0.1, 'epochs': e, 'seed': seed} for e in MAP[0.1]))
-        run(runs.plain, *({'epochs': e, 'seed': seed} for e in PLAIN[:3]))
-        run(runs.again, {'seed': seed})
-        run(runs.pruned, *({'pruner': p, 'seed': seed} for p in PRUNERS))
-        run(
-            runs.narrow,
-            *(
-                {'channels': c, 'pretrained': p, 'epochs': 18 if p else 36, 'seed': seed}
-                for c in NARROW
-                for p in (True, False)
-            ),
-        )
-        run(runs.shrunk, *({'decay': 0.3, 'epochs': e, 'seed': seed} for e in MAP[0.3]))
-        if seed == 0:
-            run(runs.from_scratch, *({'times': t, 'seed': 0} for t in (20, 50)))
-            run(runs.slimmed, *({'l1': l1, 'seed': seed} for l1 in L1))
-        run(runs.shrunk, *({'decay': 0.03, 'epochs': e, 'seed': seed} for e in MAP[0.03][:3]))
-        run(runs.shrunk, {'decay': 0.92, 'epochs': 6, 'seed': seed, 'rate': 0.005})
-        run(runs.plain, {'epochs': 60, 'seed': seed}, {'epochs': 6, 'seed': seed, 'rate': 0.005})
-    run(runs.shrunk, *({'decay': d, 'epochs': e, 'seed': 0} for d, e in ONE_SEED))
+        return experiment.run(settings, do, int(experiment.args.jobs))
+
+    done = [pair for settings in plan_of_runs() for pair in run(settings)]
     experiment.write(runs=[{**s, 'rows': r} for s, r in done])
 
 

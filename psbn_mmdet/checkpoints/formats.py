@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..atomic import replacing
 from ..layers import entry_key, find_norm_states
-from ..records import UNSTARTED_INFO, parse_ranges
+from ..records import STATE_INFO, parse_ranges
 from ..safe_globals import load_plain
 from .claims import ClaimError, check_claims, unpacked_size
 from .onnx import read_onnx
@@ -237,7 +237,7 @@ def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
 
 def _unstarted(content: dict, state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     info: Any = content
-    for key in ('message_hub', 'runtime_info', UNSTARTED_INFO):
+    for key in ('message_hub', 'runtime_info', STATE_INFO, 'unstarted'):
         info = info.get(key) if isinstance(info, dict) else None
     if not isinstance(info, dict):
         return {}

@@ -14,6 +14,7 @@ from .census import (
 )
 from .gradients import GradientWatch
 from .leak import leak_share
+from .monitor import COUNTS, RECOVERED, CollapseMonitor, Report, sum_known
 from .recovery import Recovery, decay_per_step
 from .revival import revive
 from .structure import (
@@ -28,13 +29,17 @@ from .structure import (
 
 __all__ = [
     'ASSUMED',
+    'COUNTS',
     'FOLDED',
+    'RECOVERED',
     'RECTIFIERS',
     'Census',
+    'CollapseMonitor',
     'GradientWatch',
     'LayerCensus',
     'Recovery',
     'RectifierTrace',
+    'Report',
     'StepTrace',
     'Structure',
     'census_of_model',
@@ -45,6 +50,7 @@ __all__ = [
     'find_norms',
     'leak_share',
     'revive',
+    'sum_known',
     'trace_rectifiers',
     'trace_structure',
     'watch_steps',

@@ -82,7 +82,7 @@ class GradientWatch:
         """Number of optimiser steps seen, of the optimiser that made most."""
         return max((group.steps for group in self._groups), default=0)
 
-    def trapped(self, window: int | None = None) -> dict[str, np.ndarray]:
+    def trapped(self, window: int | None = None, now: int | None = None) -> dict[str, np.ndarray]:
         """Channels that no gradient has reached in a window.
 
         A step in which no gradient reaches any channel of a layer tells nothing of them: there is
@@ -91,6 +91,7 @@ class GradientWatch:
 
         Args:
             window (int, optional): In the unit of ``now``. Defaults to None: all that was watched.
+            now (int, optional): The window's end. Defaults to the attribute.
 
         Returns:
             dict[str, np.ndarray]: Bool masks of shape (C,) by layer. A layer is absent if it was
@@ -99,7 +100,7 @@ class GradientWatch:
         """
         trapped: dict[str, np.ndarray] = {}
         for group in self._groups:
-            for name, mask in group.trapped(window, self.now):
+            for name, mask in group.trapped(window, self.now if now is None else now):
                 trapped[name] = trapped[name] & mask if name in trapped else mask
         return trapped
 
@@ -111,9 +112,9 @@ class GradientWatch:
                 reached[name] = reached[name] | mask if name in reached else mask
         return reached
 
-    def idle(self, window: int) -> set[str]:
-        """Layers that no gradient has reached in the last ``window``, though there were steps."""
-        since = self.now - window + 1
+    def idle(self, window: int, now: int) -> set[str]:
+        """Layers without any gradient in a window that ends at ``now``, despite steps."""
+        since = now - window + 1
         groups = [group for group in self._groups if group.now >= since]
         names = {name for group in groups for name in group.layers}
         return names - {name for group in groups for name in group.active_since(since)}

@@ -430,12 +430,13 @@ class RectifierTrace(TorchDispatchMode):
 class StepTrace:
     """Watch the first training steps of a network, until each BN layer has run.
 
-    The model's ``train_step`` is replaced meanwhile, on this object alone: whatever way it takes
-    through the network is seen, and an exception in it leaves nothing behind. Compiled parts of
-    the network run uncompiled in these steps, where torch can do that. Use :func:`watch_steps`.
+    The model's ``train_step``, or ``forward`` if it has none, is replaced meanwhile, on this object
+    alone: whatever way it takes through the network is seen, and an exception in it leaves nothing
+    behind. Compiled parts of the network run uncompiled in these steps, where torch can do that.
+    Use :func:`watch_steps`.
 
     Args:
-        model (nn.Module): Whose ``train_step`` is called, such as a DDP wrapper.
+        model (nn.Module): What the training calls, such as a DDP wrapper.
         network (nn.Module): What is watched: the model itself, or what it wraps.
         bound (int): The most steps to watch. Defaults to 20.
 
@@ -449,12 +450,13 @@ class StepTrace:
     def __init__(self, model: nn.Module, network: nn.Module, bound: int = 20) -> None:
         self._trace = RectifierTrace(network)
         self._model = model
-        self._train_step: Any = model.train_step
-        self._was_own = 'train_step' in vars(model)  # as where MMEngine has compiled it
+        self._method = _method_of(model)
+        self._step: Any = getattr(model, self._method)
+        self._was_own = self._method in vars(model)  # as where MMEngine has compiled it
         self._steps = 0
         self._bound = bound
         self.active = True
-        vars(model)['train_step'] = self._watched
+        vars(model)[self._method] = self._watched
 
     @property
     def structure(self) -> Structure:
@@ -480,18 +482,18 @@ class StepTrace:
             return
         self.active = False
         if self._was_own:
-            vars(self._model)['train_step'] = self._train_step
+            vars(self._model)[self._method] = self._step
         else:
-            del vars(self._model)['train_step']
+            del vars(self._model)[self._method]
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
-            return self._train_step(*args, **kwargs)
+            return self._step(*args, **kwargs)
         with ExitStack() as stack:
             if hasattr(torch.compiler, 'set_stance'):
                 stack.enter_context(torch.compiler.set_stance('force_eager'))
             stack.enter_context(self._trace)
-            result = self._train_step(*args, **kwargs)
+            result = self._step(*args, **kwargs)
         self._steps += 1
         if not self._trace.unknown or self.failure is not None or self._steps >= self._bound:
             self.close()
@@ -502,11 +504,15 @@ def watch_steps(model: nn.Module, network: nn.Module) -> StepTrace:
     """The watching of a model's first training steps, one for all who ask.
 
     Args:
-        model (nn.Module): Whose ``train_step`` is called, such as a DDP wrapper.
+        model (nn.Module): What the training calls, such as a DDP wrapper.
         network (nn.Module): What is watched: the model itself, or what it wraps.
     """
-    under_way = getattr(vars(model).get('train_step'), '__self__', None)
+    under_way = getattr(vars(model).get(_method_of(model)), '__self__', None)
     return under_way if isinstance(under_way, StepTrace) else StepTrace(model, network)
+
+
+def _method_of(model: nn.Module) -> str:
+    return 'train_step' if hasattr(model, 'train_step') else 'forward'
 
 
 def _adds_up(operation: str, kwargs: dict, tensors: list[Tensor], result: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,28 +14,17 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from ..collapse import (
-    FOLDED,
-    Census,
-    GradientWatch,
-    StepTrace,
-    census_of_model,
-    check_thresholds,
-    find_norms,
-    watch_steps,
-)
+from ..collapse import COUNTS, CollapseMonitor, check_thresholds, find_norms
 from ..forecast import Schedule, make_forecast, read_schedule
 from ..layers import PostShiftedBatchNorm
-from ..records import REST_INFO
+from ..records import STATE_INFO
+from .checks import is_count, optimizers_of, refuse_model, unwrapped, will_train
 from .epoch_table import EpochTable
-from .history import COUNTS, History, Report
-from .journal import Journal
-from .lineage import recall_unstarted, remember_unstarted
-from .parts import Parts
+from .guard import Guard
+from .messages import MonitorMessages, unstepped_warning, weight_decay_warning
+from .recorder import Recorder
 from .recovery_hook import RecoveryHook
-from .refusals import is_count, optimizers_of, refuse_model, unwrapped, will_train
 from .scalars import draw_stages, drop_scalars, log_scalars
-from .weight_decay import unstepped_warning, weight_decay_warning
 
 
 @HOOKS.register_module()
@@ -118,272 +107,158 @@ class CollapseHook(Hook):
         self.window = window or max(interval, 50)
         self.scalars = tuple(scalars)
         self.by_stage = by_stage
-        self._watch: GradientWatch | None = None  # None where nothing is watched
-        self._trace: StepTrace | None = None  # None where what follows is not watched for
+        self._monitor: CollapseMonitor | None = None  # None where nothing is watched
+        self._recorder: Recorder | None = None
+        self._is_tracing = False
 
     def before_run(self, runner: Runner) -> None:
-        """Refuse what psBN or the counting cannot work with, before time is spent on it."""
+        """Refuse what psBN or the counting cannot work with, before any training time is spent."""
         if will_train(runner):
             refuse_model(runner)
 
     def before_train(self, runner: Runner) -> None:
-        """Take the baseline, warn of settings without recovery, attach to the optimisers."""
+        """Start counting, and warn of settings without recovery."""
         if not is_main_process():
             return
-        self._model = unwrapped(runner.model)
-        norms = find_norms(self._model)
+        norms = find_norms(unwrapped(runner.model))
         if not norms:
             runner.logger.warning('CollapseHook: the model has no BN or psBN layer to watch.')
             return
         optimizers = optimizers_of(runner)
-        self._parts = Parts(runner)
-        self._parts.run('messages on layers', _warn_of_optimizers, runner, norms, optimizers)
-        self._parts.run('counts', self._start, runner, norms, optimizers)
-
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Tell the time of the gradients."""
-        if self._watch is not None:
-            self._watch.now = runner.iter
+        self._guard = Guard(runner)
+        self._guard('messages', _warn_of_optimizers, runner, norms, optimizers)
+        self._guard('counts', self._start, runner, norms, optimizers)
+        if self._guard.is_off('counts'):
+            self._detach()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Report every ``interval`` iterations."""
-        if self._watch is None:
+        if self._monitor is None:
             return
-        if self._trace is not None and not self._trace.active:
-            self._parts.run('dead filters', self._end_trace, runner, self._trace)
-        if self._watch.failure is not None:
-            self._parts.fail('counts', self._watch.failure)
-        elif self.every_n_train_iters(runner, self.interval):
-            self._parts.run('counts', self._report, runner, self._watch, runner.iter + 1)
-        if not self._parts.works('counts'):
-            self._stop(runner)
+        self._guard('counts', self._monitor.step)
+        if self._is_tracing and not self._monitor.trace.active:
+            self._is_tracing = False
+            self._guard('messages', self._log, runner, self._messages.of_trace())
+            self._guard('forecasts', self._forecast, runner, self._monitor)
+        if self.every_n_train_iters(runner, self.interval):
+            self._guard('counts', self._report, runner, self._monitor)
+        if self._guard.is_off('counts'):
+            self._detach()
+            drop_scalars(runner.message_hub)  # no log line repeats the last numbers
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Keep a snapshot, log the table by stage, draw curves and histograms in TensorBoard."""
-        if self._watch is None:
+        if self._monitor is None:
             return
-        self._parts.run('snapshots', self._keep_snapshot, runner)
-        self._parts.run('tables', self._log_table, runner)
-        self._parts.run('TensorBoard curves', self._draw, runner)
+        self._guard('snapshots', self._keep_snapshot, runner, self._monitor)
+        self._guard('tables', self._log_table, runner, self._monitor)
+        self._guard('TensorBoard curves', draw_stages, runner, self._monitor)
 
     def after_train(self, runner: Runner) -> None:
         """Make the last report, keep the last snapshot, note the end, detach."""
-        if self._watch is not None and runner.iter > self._reported:
-            self._parts.run('counts', self._report, runner, self._watch, runner.iter)
-        if self._watch is not None:
-            self._parts.run('snapshots', self._keep_snapshot, runner)
-            self._parts.run('records', self._journal.end)
-            self._parts.run('messages on layers', self._tell_of_closed, runner)
-            self._detach()
+        monitor = self._monitor
+        if monitor is None:
+            return
+        if monitor.iteration > self._reported:
+            self._guard('counts', self._report, runner, monitor)
+        self._guard('snapshots', self._keep_snapshot, runner, monitor)
+        if self._recorder is not None:
+            self._guard('records', self._recorder.end)
+        self._guard('messages', _tell_of_closed, runner, monitor)
+        self._detach()
 
     def _start(
         self, runner: Runner, norms: Mapping[str, _BatchNorm], optimizers: Sequence[Optimizer]
     ) -> None:
-        self._begin = runner.iter
-        self._watch = GradientWatch(optimizers, norms, self._begin)
-        self._steps = 0  # at the last report
-        self._reported = self._begin  # its iterations
-        self._rectifiers: dict[str, str] = {}
+        monitor = CollapseMonitor(
+            runner.model,
+            optimizers,
+            tau=self.tau,
+            k=self.k,
+            window=self.window,
+            iteration=runner.iter,
+        )
+        self._monitor = monitor
+        state = runner.message_hub.get_info(STATE_INFO) if runner.iter > 0 else None
+        if state is not None:
+            self._guard('counts of the earlier run', monitor.load_state_dict, state)
+        self._messages = MonitorMessages(monitor)
+        self._log(runner, self._messages.at_start())
         self._table = EpochTable()
-        self._told: set[str] = set()  # layers of which a warning has told
-        self._folded: set[str] = set()
-        self._idle: set[str] = set()  # likewise, of those without any gradient
-        self._names: set[str] = set()
-        start = self._census()
-        self._names = {layer.name for layer in start.layers}
-        if runner.iter > 0:
-            recalled = self._parts.run(
-                'unstarted filters of the earlier run', recall_unstarted, runner.message_hub, start
-            )
-            start = recalled or start
+        self._reported = monitor.begin  # iterations at the last report
+        self._is_tracing = True
         settings = dict(interval=self.interval, window=self.window, tau=self.tau, k=self.k)
         shifts = {name: getattr(norm, 'shift', 0.0) for name, norm in norms.items()}
-        self._journal = Journal(self._parts, shifts, settings)
-        self._history = History(start, self.window, self._journal.begin(runner, start))
-        state = runner.message_hub.get_info(REST_INFO) if runner.iter > 0 else None
-        if state is not None:
-            self._parts.run(
-                'gammas of the earlier run', self._history.recall_rest, state, runner.iter
-            )
-        self._parts.run('snapshots', self._keep_snapshot, runner)
-        self._loaded = start
-        self._schedules = self._parts.run('forecasts', _read_schedules, runner, norms)
-        if self.window > self.interval:
-            runner.logger.info(
-                f'CollapseHook: trapped filters are counted from iteration '
-                f'{self._begin + self.window} on, when {self.window} have been watched.'
-            )
-        self._trace = self._parts.run('dead filters', self._start_trace, runner)
-        _warn_of_unwatched(runner, start, self._watch.layers)
-
-    def _census(self) -> Census:
-        """Of the layers that were there at the start."""
-        now = census_of_model(self._model, tau=self.tau, k=self.k)
-        if not self._names:
-            return now
-        kept = [layer for layer in now.layers if layer.name in self._names]
-        missing = self._names - {layer.name for layer in kept}
-        if missing:
-            raise LookupError(f'the network has no layer {min(missing)} any more')
-        return Census(kept, self.tau, self.k)
-
-    def _judged(self) -> Census:
-        history = self._history
-        return self._census().judged(self._rectifiers, None, history.unstarted, history.moving)
-
-    def _start_trace(self, runner: Runner) -> StepTrace | None:
+        self._recorder = self._guard('records', Recorder, runner, monitor.start, shifts, settings)
+        self._guard('snapshots', self._keep_snapshot, runner, monitor)
+        self._schedules = self._guard('forecasts', _read_schedules, runner, norms)
         if runner.cfg.get('compile') and not hasattr(torch.compiler, 'set_stance'):
+            monitor.trace.close()
+            self._is_tracing = False
             runner.logger.warning(
                 'CollapseHook: dead filters are not counted: this torch cannot run the first '
                 'iterations of a compiled model uncompiled, so what follows a BN is not seen.'
             )
-            return None
-        return watch_steps(runner.model, self._model)
-
-    def _end_trace(self, runner: Runner, trace: StepTrace) -> None:
-        self._trace = None
-        self._rectifiers = trace.structure.rectifiers
-        if trace.failure is not None:
-            runner.logger.warning(
-                'CollapseHook: what follows a BN could not be watched to the end, the training '
-                f'goes on. Cause: {type(trace.failure).__name__}: {trace.failure}'
+        if self.window > self.interval:
+            runner.logger.info(
+                f'CollapseHook: trapped filters are counted from iteration '
+                f'{monitor.begin + self.window} on, when {self.window} have been watched.'
             )
-        reasons: dict[str, list[str]] = {}
-        for name, reason in trace.unknown.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            runner.logger.warning(
-                f'CollapseHook: dead filters are not counted in {len(names)} layers, of which it '
-                f'is not known what follows ({reason}): {", ".join(names)}.'
-            )
-        self._parts.run('forecasts', self._forecast, runner)
 
-    def _forecast(self, runner: Runner) -> None:
+    def _report(self, runner: Runner, monitor: CollapseMonitor) -> None:
+        recovery = _recovery_hook(runner)
+        if recovery is not None:
+            monitor.note_reopened(recovery.take_opened())
+        report = monitor.report()
+        self._reported = report.iteration
+        log_scalars(runner.message_hub, report, self.scalars, self.by_stage)
+        self._log(runner, self._messages.of_report(report))
+        self._table.add(report)
+        runner.message_hub.update_info(STATE_INFO, monitor.state_dict())
+        if self._recorder is not None:
+            self._guard('records', self._recorder.write, runner, report)
+
+    def _forecast(self, runner: Runner, monitor: CollapseMonitor) -> None:
         hook = _recovery_hook(runner)
         recovery = (hook.steps, hook.window) if hook and not runner.cfg.get('compile') else None
-        judged, norms = self._loaded.judged(self._rectifiers), find_norms(self._model)
+        start = monitor.start.judged(monitor.structure.rectifiers)
+        norms = find_norms(monitor.network)
         for schedule in self._schedules or []:
-            forecast = make_forecast(judged, norms, schedule, self._begin, recovery)
+            forecast = make_forecast(start, norms, schedule, monitor.begin, recovery)
             if forecast is not None:
                 runner.logger.info(f'CollapseHook: {forecast.text()}')
 
-    def _report(self, runner: Runner, watch: GradientWatch, iteration: int) -> None:
-        """Report what is so after a number of iterations."""
-        self._reported = iteration
-        if self._trace is not None:
-            self._rectifiers = self._trace.structure.rectifiers
-        steps, self._steps = watch.steps - self._steps, watch.steps
-        trapped = watch.trapped(self.window) if steps else {}
-        now = self._census()
-        recovery = _recovery_hook(runner)
-        recovered = None if recovery is None else recovery.take_opened()
-        reached = watch.reached()
-        report = self._history.add(iteration, now, self._rectifiers, trapped, reached, recovered)
-        log_scalars(runner.message_hub, report, self.scalars, self.by_stage)
-        self._warn(runner, report, watch.layers, steps, iteration)
-        self._tell_of_folded(runner, report)
-        if steps and iteration - self._begin >= self.window:
-            self._warn_of_idle(runner, report, watch.idle(self.window))
-        self._table.add(iteration, report)
-        remember_unstarted(runner.message_hub, self._history.unstarted)
-        runner.message_hub.update_info(REST_INFO, self._history.rest())
-        self._parts.run('records', self._journal.write, runner, report, iteration, steps)
+    def _keep_snapshot(self, runner: Runner, monitor: CollapseMonitor) -> None:
+        if self._recorder is not None:
+            self._recorder.keep(runner, monitor.census())
 
-    def _warn(
-        self, runner: Runner, report: Report, watched: set[str], steps: int, iteration: int
-    ) -> None:
-        trained = any(not layer.frozen and layer.name in watched for layer in report.census.layers)
-        if steps == 0 and trained:
-            runner.logger.warning(
-                'CollapseHook: trapped filters not observed: no optimiser step in the last '
-                f'{self.interval} iterations.'
-            )
-        broken = [layer for layer in report.census.layers if layer.broken.any()]
-        new = [layer for layer in broken if layer.name not in self._told]
-        if new:
-            self._told.update(layer.name for layer in new)
-            where = ', '.join(f'{int(layer.broken.sum())} in {layer.name}' for layer in new)
-            runner.logger.warning(
-                f'CollapseHook: at iteration {iteration} gamma or bias of filters is not a '
-                f'finite number: {where}.'
-            )
-        added = find_norms(self._model).keys() - self._names - self._told
-        if added:
-            self._told.update(added)
-            runner.logger.warning(
-                'CollapseHook: layers that were added during the training are not counted: '
-                f'{", ".join(sorted(added))}.'
-            )
-
-    def _tell_of_closed(self, runner: Runner) -> None:
-        layers = [layer for layer in self._judged().layers if layer.norm == 'BN']
-        closed = sum(int(layer.dead.sum()) for layer in layers if layer.dead is not None)
-        if closed:
-            runner.logger.info(
-                f'CollapseHook: {closed} filters of BN are closed. What they put out is 0, and can '
-                'be cut out: python tools/prune.py CHECKPOINT --config CONFIG -o DIR.'
-            )
-
-    def _tell_of_folded(self, runner: Runner, report: Report) -> None:
-        names = [layer.name for layer in report.census.layers if layer.folded]
-        new = [name for name in names if name not in self._folded]
-        self._folded.update(new)
-        if new:
-            runner.logger.info(
-                f'CollapseHook: vanished and dead filters are not counted in {len(new)} layers, '
-                f'which do not train their statistics: {FOLDED}: {", ".join(new)}.'
-            )
-
-    def _warn_of_idle(self, runner: Runner, report: Report, idle: set[str]) -> None:
-        trained = [layer.name for layer in report.census.layers if not layer.frozen]
-        new = [name for name in trained if name in idle and name not in self._idle]
-        self._idle |= idle
-        if new:
-            runner.logger.warning(
-                f'CollapseHook: trapped filters are not observed in {len(new)} layers, of which no '
-                f'filter got a gradient in the last {self.window} iterations: a head without '
-                'positive samples gets none, nor what is no part of the loss or stands before a '
-                f'layer that is closed as a whole: {", ".join(new)}.'
-            )
-
-    def _keep_snapshot(self, runner: Runner) -> None:
-        self._journal.keep(runner, self._census())
-
-    def _log_table(self, runner: Runner) -> None:
+    def _log_table(self, runner: Runner, monitor: CollapseMonitor) -> None:
         table, self._table = self._table, EpochTable()
-        runner.logger.info(table.render(runner.iter, self._judged()))
+        runner.logger.info(table.render(runner.iter, monitor.census()))
 
-    def _draw(self, runner: Runner) -> None:
-        draw_stages(runner, self._judged(), self._history.collapsed)
-
-    def _stop(self, runner: Runner) -> None:
-        """Count no more, and let no log line repeat the last numbers."""
-        self._detach()
-        drop_scalars(runner.message_hub)
+    def _log(self, runner: Runner, messages: Iterator[tuple[int, str]]) -> None:
+        for level, message in messages:
+            runner.logger.log(level, f'CollapseHook: {message}')
 
     def _detach(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        if self._trace is not None:
-            self._trace.close()
-            self._trace = None
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
 
 
 def _recovery_hook(runner: Runner) -> RecoveryHook | None:
     return next((hook for hook in runner.hooks if isinstance(hook, RecoveryHook)), None)
 
 
-def _warn_of_unwatched(runner: Runner, start: Census, watched: set[str]) -> None:
-    trained = [layer.name for layer in start.layers if not layer.frozen]
-    unwatched = [name for name in trained if name not in watched]
-    if unwatched:
-        runner.logger.warning(
-            f'CollapseHook: trapped filters are not observed in {len(unwatched)} layers, whose '
-            'gamma and bias are in no optimiser, or are those of another layer, too: '
-            f'{", ".join(unwatched)}.'
+def _tell_of_closed(runner: Runner, monitor: CollapseMonitor) -> None:
+    layers = [layer for layer in monitor.census().layers if layer.norm == 'BN']
+    closed = sum(int(layer.dead.sum()) for layer in layers if layer.dead is not None)
+    if closed:
+        runner.logger.info(
+            f'CollapseHook: {closed} filters of BN are closed: they output 0 and can be cut out: '
+            'python tools/prune.py CHECKPOINT --config CONFIG -o DIR.'
         )
 
 

@@ -21,7 +21,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
 from ..preflight import PreflightError, datasets_of, is_pretrained, named
-from .refusals import unwrapped
+from .checks import unwrapped
 
 LARGEST = 200e6  # bytes of an annotation file that is read once more
 SAMPLES = 50  # images that are looked for

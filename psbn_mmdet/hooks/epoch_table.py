@@ -10,9 +10,8 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from ..collapse import Census
+from ..collapse import Census, Report, sum_known
 from ..records import KINDS
-from .history import Report, add, report_of
 
 COLUMNS = ('unstarted', *KINDS, 'collapsed')
 FOOT = (
@@ -26,12 +25,11 @@ class EpochTable:
 
     def __init__(self) -> None:
         self._last: Report | None = None
-        self._iteration = 0
         self._changes: dict[str, dict[str, int]] = {'new': {}, 'revived': {}}
 
-    def add(self, iteration: int, report: Report) -> None:
+    def add(self, report: Report) -> None:
         """Take a report in."""
-        self._last, self._iteration = report, iteration
+        self._last = report
         for kind, sums in self._changes.items():
             for stage, count in report.by_stage(kind).items():
                 sums[stage] = sums.get(stage, 0) + (count or 0)
@@ -43,11 +41,11 @@ class EpochTable:
             iteration (int): The iteration it is now.
             now (Census): What the parameters tell now, for an epoch without a report.
         """
-        report, iteration = self._last or report_of(now), self._iteration or iteration
+        report = self._last or _report_of(now, iteration)
         columns = {kind: report.by_stage(kind) for kind in COLUMNS}
         columns |= {kind: dict(sums) for kind, sums in self._changes.items()}
         boxes = rich.box.HEAVY_HEAD if _can_be_written('┏━') else rich.box.ASCII
-        table = Table(box=boxes, title=f'Collapsed filters at iteration {iteration}')
+        table = Table(box=boxes, title=f'Collapsed filters at iteration {report.iteration}')
         table.add_column('stage', no_wrap=True)
         for name in ('filters', 'frozen', *columns):
             table.add_column(name, justify='right')
@@ -56,11 +54,17 @@ class EpochTable:
             counts = [values.get(stage) for values in columns.values()]
             table.add_row(stage, *map(_cell, [part.channels, part.frozen, *counts]))
         table.add_section()
-        sums = [add([values.get(stage) for stage in stages]) for values in columns.values()]
+        sums = [sum_known([values.get(stage) for stage in stages]) for values in columns.values()]
         table.add_row('all', *map(_cell, [report.census.channels, report.census.frozen, *sums]))
         text = io.StringIO()
         Console(file=text, width=120).print(table)
         return f'\n{text.getvalue().rstrip()}\n{FOOT}'
+
+
+def _report_of(census: Census, iteration: int) -> Report:
+    """What a census tells by itself."""
+    masks = {kind: [getattr(layer, kind) for layer in census.layers] for kind in COLUMNS}
+    return Report(iteration, 0, census, masks)
 
 
 def _can_be_written(text: str) -> bool:

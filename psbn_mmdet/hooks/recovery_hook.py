@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..collapse import Recovery, StepTrace, Structure, find_norms, watch_steps
 from ..layers import PostShiftedBatchNorm
-from .refusals import is_count, optimizers_of, refuse_model, unwrapped, will_train
-from .weight_decay import unstepped_warning
+from .checks import is_count, optimizers_of, refuse_model, unwrapped, will_train
+from .messages import unstepped_warning
 
 STATE = 'psbn_recovery'  # of a checkpoint
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 
-from ..collapse import Census
-from .history import RECOVERED, Report
+from ..collapse import RECOVERED, CollapseMonitor, Report
 
 PREFIX = 'train/collapse/'  # of the scalars in the message hub
 # Past values that the message hub keeps of each: it copies all of them at each new one.
@@ -49,20 +48,13 @@ def drop_scalars(hub: MessageHub) -> None:
         del hub.log_scalars[key]
 
 
-def draw_stages(runner: Runner, now: Census, collapsed: Mapping[str, np.ndarray]) -> None:
-    """Give TensorBoard, if it is a backend, each stage's curve and histograms.
-
-    Args:
-        runner (Runner): The training.
-        now (Census): Of its network.
-        collapsed (Mapping[str, np.ndarray]): Collapsed channels by layer at the last report;
-            layers not in it are as the census has them.
-    """
+def draw_stages(runner: Runner, monitor: CollapseMonitor) -> None:
+    """Give TensorBoard, if it is a backend, each stage's curve and histograms."""
     backend = runner.visualizer.get_backend('TensorboardVisBackend')
     if backend is None:
         return
-    for stage, part in now.stages().items():
-        masks = [collapsed.get(layer.name, layer.collapsed) for layer in part.layers]
+    for stage, part in monitor.census().stages().items():
+        masks = [monitor.collapsed.get(layer.name, layer.collapsed) for layer in part.layers]
         backend.add_scalar(f'collapsed/{stage}', int(sum(m.sum() for m in masks)), runner.iter)
         for what in ('gamma', 'bias'):
             values = part.values(what)

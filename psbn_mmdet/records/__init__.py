@@ -1,6 +1,6 @@
 """What a run writes down of its collapse: the record and the snapshots. Needs NumPy only."""
 
-from .names import KINDS, RECORD_INFO, REST_INFO, UNSTARTED_INFO, stage_of
+from .names import KINDS, RECORD_INFO, STATE_INFO, stage_of
 from .record import (
     ENDED_FILE,
     MOST_BYTES,
@@ -30,8 +30,7 @@ __all__ = [
     'MOST_CHANNELS',
     'RECORD_FILE',
     'RECORD_INFO',
-    'REST_INFO',
-    'UNSTARTED_INFO',
+    'STATE_INFO',
     'NoReportError',
     'RecordWriter',
     'Records',

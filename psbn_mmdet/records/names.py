@@ -5,8 +5,7 @@ from __future__ import annotations
 KINDS = ('vanished', 'dead', 'trapped', 'broken')  # see psbn_mmdet.collapse.census
 # Keys of MMEngine's runtime information, which is in each checkpoint of a run.
 RECORD_INFO = 'collapse/record'  # the record's identity
-REST_INFO = 'collapse/rest'  # gammas near 0, and when they moved
-UNSTARTED_INFO = 'collapse/unstarted'  # channels that have not begun, as ranges by layer
+STATE_INFO = 'collapse/state'  # of psbn_mmdet.collapse.CollapseMonitor
 # What has whole networks in it, such as a teacher and a student.
 _AROUND = ('student', 'teacher', 'detector', 'reid', 'module')
 

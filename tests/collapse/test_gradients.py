@@ -56,9 +56,9 @@ def test_a_window_without_a_step_is_not_observed():
     assert watch.trapped() == {} and watch.steps == 0
     optimizer.step()
     assert watch.trapped() and watch.steps == 1
-    assert watch.trapped(window=1) and not watch.idle(window=1)
+    assert watch.trapped(window=1) and not watch.idle(1, watch.now)
     watch.now = 1
-    assert watch.trapped(window=1) == {} and not watch.idle(window=1)
+    assert watch.trapped(window=1) == {} and not watch.idle(1, watch.now)
     watch.active = False
     optimizer.step()
     assert watch.trapped(window=1) == {} and watch.steps == 1
@@ -68,7 +68,7 @@ def test_a_window_without_a_step_is_not_observed():
     watch.now = 2
     model[4].zero_grad()
     optimizer.step()
-    assert watch.trapped(window=1).keys() == {'1'} and watch.idle(window=1) == {'4'}
+    assert watch.trapped(window=1).keys() == {'1'} and watch.idle(1, watch.now) == {'4'}
 
 
 def test_one_step_with_gradient_is_enough():
@@ -130,7 +130,11 @@ def test_a_window_without_a_step_is_no_lack_of_gradients():
     wrapper.initialize_count_status(model, 0, 8)
     for watch.now in range(6):
         wrapper.update_params(model(images()).sum())
-    assert watch.idle(2) == set() and watch.idle(3) == set() and watch.trapped(2) == {}
+    assert (
+        watch.idle(2, watch.now) == set()
+        and watch.idle(3, watch.now) == set()
+        and watch.trapped(2) == {}
+    )
 
 
 @pytest.mark.parametrize('begin', [0, 1000])
@@ -155,7 +159,7 @@ def test_steps_in_which_a_layer_gets_no_gradient_tell_nothing_of_its_filters(beg
         *((step, [2, 3]) for step in (23, 24, 25)),
         *((step, [1, 2, 3]) for step in (33, 34, 35)),
     ]
-    assert watch.idle(7) == set() and watch.idle(6) == {'1'}
+    assert watch.idle(7, watch.now) == set() and watch.idle(6, watch.now) == {'1'}
     assert {name: mask.tolist() for name, mask in watch.reached().items()} == {
         '0': [True, False, True, True],
         '1': [True, True, False, False],
@@ -200,7 +204,7 @@ def test_layers_outside_the_graph_are_not_observed():
             model['used'](images()).sum().backward()
         optimizer.step()
     assert trapped_channels(watch) == {'used.1': TRAPPED, 'used.4': []}
-    assert watch.idle(1) == {'unused'}
+    assert watch.idle(1, watch.now) == {'unused'}
 
 
 def test_frozen_layers_are_not_observed_and_partly_frozen_ones_are():

@@ -13,7 +13,7 @@ from torch import nn
 
 from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.collapse import census_of_state_dict
-from psbn_mmdet.hooks import CollapseHook, refusals
+from psbn_mmdet.hooks import CollapseHook, checks
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.records import find_snapshots, read_snapshot
 
@@ -140,7 +140,7 @@ def test_a_window_without_a_step_is_not_observed_rather_than_0(tmp_path):
     assert [r['total']['trapped'] for r in records.reports] == [None, 4, 4]
     lines = [x for x in texts(tmp_path).splitlines() if 'Epoch(train)' in x]
     assert ['collapse/trapped' in line for line in lines] == [False, True, True]
-    assert texts(tmp_path).count('trapped filters not observed') == 1
+    assert texts(tmp_path).count('no optimizer step since the previous report') == 1
     assert all(r['total']['new'] == r['total']['revived'] == 0 for r in records.reports)
 
 
@@ -365,7 +365,7 @@ def test_nothing_is_told_of_statistics_that_were_folded(tmp_path):
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d, PostShiftedBatchNorm2d])
 def test_at_the_end_it_is_told_what_can_be_cut(tmp_path, norm):
     run(tmp_path, Classifier(norm), epochs=1)
-    told = 'CollapseHook: 4 filters of BN are closed. What they put out is 0, and can be cut out'
+    told = 'CollapseHook: 4 filters of BN are closed: they output 0 and can be cut out'
     assert (told in texts(tmp_path)) == (norm is nn.BatchNorm2d)
 
 
@@ -432,7 +432,9 @@ def test_layers_that_cannot_be_watched_are_named(tmp_path, why):
     records = records_of(run(tmp_path, model, epochs=1, optim_wrapper=wrapper))
     assert [report['layers']['trapped'][0] for report in records.reports] == [None] * 3
     assert None not in [report['layers']['trapped'][1] for report in records.reports]
-    (warning,) = [x for x in texts(tmp_path).splitlines() if 'not observed in' in x]
+    (warning,) = [
+        x for x in texts(tmp_path).splitlines() if 'trapped filters are not counted in' in x
+    ]
     assert warning.endswith(': stem.1.')
 
 
@@ -440,7 +442,7 @@ def test_of_layers_in_no_optimiser_it_is_not_said_that_there_was_no_step(tmp_pat
     model = Classifier()
     wrapper = OptimWrapper(torch.optim.SGD(model.linear.parameters(), lr=0.01))
     run(tmp_path, model, epochs=1, optim_wrapper=wrapper)
-    assert 'not observed in 2 layers' in texts(tmp_path)
+    assert 'trapped filters are not counted in 2 layers' in texts(tmp_path)
     assert 'no optimiser step' not in texts(tmp_path)
 
 
@@ -454,7 +456,7 @@ def test_no_step_is_missed_where_no_layer_is_trained(tmp_path, optimised):
     records = records_of(run(tmp_path, model, epochs=1, optim_wrapper=wrapper))
     assert [report['steps'] for report in records.reports] == [0, 0, 0]
     assert [report['total']['trapped'] for report in records.reports] == [None] * 3
-    assert 'trapped filters not observed' not in texts(tmp_path)
+    assert 'no optimizer step since' not in texts(tmp_path)
 
 
 def test_vanished_filters_of_a_checkpoint_are_counted_from_the_start(tmp_path):
@@ -621,8 +623,12 @@ def test_a_head_with_few_positive_samples_is_healthy(tmp_path, positive):
         assert not any(known)
     for report in records.reports:
         assert channels_of(records, report, 'collapsed') == {**KILLED, 'boxes.1': [2]}  # it is dead
-    (warning,) = [x for x in texts(tmp_path).splitlines() if 'not observed in' in x]
-    assert 'not observed in 1 layers, of which no' in warning and warning.endswith(': boxes.1.')
+    (warning,) = [
+        x for x in texts(tmp_path).splitlines() if 'trapped filters are not counted in' in x
+    ]
+    assert 'not counted in 1 layers without any gradient' in warning and warning.endswith(
+        ': boxes.1.'
+    )
 
 
 def test_a_count_that_is_no_longer_known_is_not_repeated_in_the_log(tmp_path):
@@ -765,7 +771,7 @@ def test_fsdp_is_refused(tmp_path):
 def test_ranks_with_other_layers_are_refused(tmp_path, monkeypatch, hook):
     own = [f'{name} (PostShiftedBatchNorm2d, 8 channels)' for name in ('stem.1', 'head.1')]
     for other, example in ((own[:1], own[1]), ([*own, 'x'], 'x'), (own[::-1], own[0])):
-        monkeypatch.setattr(refusals, 'all_gather_object', lambda mine: [mine, other])  # noqa: B023
+        monkeypatch.setattr(checks, 'all_gather_object', lambda mine: [mine, other])  # noqa: B023
         sentence = f'2 and rank 1 {len(other)}, such as {example}: start all of them with the same'
         with pytest.raises(RuntimeError, match=re.escape(sentence)):
             run(tmp_path, Classifier(PostShiftedBatchNorm2d), custom_hooks=[dict(type=hook)])

@@ -215,7 +215,7 @@ def test_a_training_that_shrinks_cuts_at_its_end(whole, tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert '--shrink: gamma and beta of 15 BN are decayed by 0.5, 5,000 times' in run.stdout
-    assert 'filters of BN are closed. What they put out is 0' in run.stdout + run.stderr
+    assert 'filters of BN are closed: they output 0' in run.stdout + run.stderr
     assert 'Train it on: python tools/train.py' in run.stdout
     cut = Namespace(config=tmp_path / 'pruned_epoch_1/pruned.py')
     cut.checkpoint = cut.config.with_suffix('.pth')

@@ -5,7 +5,7 @@ from torch import nn
 from torch.optim import SGD, Rprop
 
 from psbn_mmdet.collapse import find_norms
-from psbn_mmdet.hooks.weight_decay import unstepped_warning, weight_decay_warning
+from psbn_mmdet.hooks.messages import unstepped_warning, weight_decay_warning
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 
 
