@@ -338,9 +338,10 @@ def main() -> int:
         rows.append({'config': name, 'configs': 1, 'norms': 0, 'switch': '', **failed})
     if parts:
         rows.append({'config': parts[0], 'configs': len(parts), 'switch': PART, 'failed': ''})
-    text = report(rows)
+    text = report(mmdet.__version__, rows)
     if args.match:
-        print(text)
+        failed = [f'{row["config"]}: {row["stage"]}: {row["why"]}' for row in rows if row['failed']]
+        print(text, *failed, sep='\n')
     else:
         result = {'mmdet': mmdet.__version__, 'torch': torch.__version__, 'models': rows}
         (ROOT / 'benchmarks/results/zoo.json').write_text(json.dumps(result, indent=0) + '\n')
@@ -348,60 +349,36 @@ def main() -> int:
     return 1 if any(row['failed'] == 'ours' for row in rows) else 0
 
 
-def report(rows: list[dict]) -> str:
-    """What became of all, by folder of the zoo, and what failed by cause."""
-    well = [row for row in rows if not row['failed'] and row['switch'] not in (PART, 'no BN')]
-    plain = [row for row in rows if row['switch'] == 'no BN']
-    parts = [row for row in rows if row['switch'] == PART]
-    ours = [row for row in rows if row['failed'] == 'ours']
-    theirs = [row for row in rows if row['failed'] == 'baseline']
+def report(version: str, rows: list[dict]) -> str:
+    """The page: how many configs and models ended in which way."""
 
     def counted(some: list[dict]) -> str:
         return f'{sum(row["configs"] for row in some)} configs, {len(some)} models'
 
-    lines = [
-        '# The zoo',
-        '',
-        'What `make zoo` found: every config that MMDetection installs, with `--norm psBN` of',
-        '`tools/train.py`, against its BN twin. Configs that differ in data and schedule alone',
-        'have one model. All models are in [zoo.json](../benchmarks/results/zoo.json).',
-        '',
-        f'MMDetection {mmdet.__version__}, {sum(row["configs"] for row in rows)} configs:',
-        '',
-        '| | |',
-        '|---|---|',
-        f'| all well | {counted(well)} |',
-        f'| no BN to replace (GN, LN, none) | {counted(plain)} |',
-        f'| parts of configs, without a model | {sum(row["configs"] for row in parts)} configs |',
-        f'| failed, ours | {counted(ours)} |',
-        f'| failed, the BN twin too | {counted(theirs)} |',
-        '',
-        "*All well*: built by the switch, every BN is psBN, the twin's weights load, the outputs",
-        'are equal bit for bit, one training step, counted.',
-        '',
-        '| folder | models | norms | before ReLU | LeakyReLU | other |',
-        '|---|---|---|---|---|---|',
-    ]
-    folders: dict[str, list[dict]] = {}
-    for row in well:
-        folders.setdefault(row['config'].split('/')[0], []).append(row)
-    for folder, some in sorted(folders.items()):
-        follows: Counter[str] = Counter()
-        for row in some:
-            follows.update(row.get('follows', {}))
-        lines.append(
-            f'| {folder} | {len(some)} | {sum(row["norms"] for row in some)} | '
-            f'{follows["relu"]} | {follows["leaky_relu"]} | {follows["other"]} |'
-        )
-    for title, some in (('Ours', ours), ("The baseline's own", theirs)):
-        causes: dict[str, list[dict]] = {}
-        for row in some:
-            causes.setdefault(f'{row["stage"]}: {row["why"]}', []).append(row)
-        if causes:
-            lines += ['', f'## {title}', '', '| cause | models | such as |', '|---|---|---|']
-        for cause, of in sorted(causes.items(), key=lambda item: -len(item[1])):
-            lines.append(f'| {cause.replace("|", "/")} | {len(of)} | {of[0]["config"]} |')
-    return '\n'.join(lines) + '\n'
+    total = sum(row['configs'] for row in rows)
+    ours = [row for row in rows if row['failed'] == 'ours']
+    theirs = [row for row in rows if row['failed'] == 'baseline']
+    plain = [row for row in rows if row['switch'] == 'no BN']
+    parts = [row for row in rows if row['switch'] == PART]
+    well = [row for row in rows if not row['failed'] and row['switch'] not in (PART, 'no BN')]
+    return f"""# The zoo
+
+`make zoo` tries `--norm psBN` on all {total} configs of MMDetection {version} and compares each
+model with its BN twin. Configs that only differ in data or schedule share a model. *Pass* means
+that every BN became psBN, the weights of the twin loaded, the outputs were equal bit for bit, and
+one training step and a count of the filters ran.
+
+| result | number |
+|---|---|
+| pass | {counted(well)} |
+| no BN to replace (GN, LN, none) | {counted(plain)} |
+| part of other configs, without a model | {sum(row['configs'] for row in parts)} configs |
+| failed with psBN only | {counted(ours)} |
+| failed with BN too | {counted(theirs)} |
+
+[zoo.json](../benchmarks/results/zoo.json) has every model, with its norms, the activations after
+them, and the error if it failed.
+"""
 
 
 if __name__ == '__main__':

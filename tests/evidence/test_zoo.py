@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -41,6 +42,15 @@ def run(script: str, *options: str) -> str:
 )
 def test_configs_of_the_zoo_pass_the_checks(config, found):
     assert run('zoo_data.py', '--match', config).startswith(f'1 {found}\n')
+
+
+def test_the_page_says_what_the_kept_results_say():
+    spec = importlib.util.spec_from_file_location('zoo', ROOT / 'benchmarks/zoo.py')
+    zoo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(zoo)
+    kept = json.loads((ROOT / 'benchmarks/results/zoo.json').read_text())
+    page = zoo.report(kept['mmdet'], kept['models'])
+    assert (ROOT / 'docs/zoo.md').read_text() == page
 
 
 def test_a_config_of_another_library_trains():
