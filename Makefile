@@ -4,7 +4,7 @@
 STACK ?= onedl
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=
-# Files stay whole, since tests share what is costly to make, and keep their order.
+# One file runs in one worker, in order: its tests share costly fixtures.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -19,26 +19,26 @@ setup:  ## create the virtual environment: torch, MMDetection, this package
 setup-dev:
 	@scripts/setup.sh $(STACK) dev
 
-demo: setup  ## train a small psBN detector on drawn data, count collapse, write a report
+demo: setup  ## train a small psBN detector on synthetic data, count collapse, write a report
 	@$(VENV)/bin/python scripts/demo.py $(ARGS)
 
-demo-compare: setup  ## train it with BN and with psBN where filters collapse, compare them
+demo-compare: setup  ## train it with BN and with psBN where filters collapse, and compare them
 	@$(VENV)/bin/python scripts/compare.py $(ARGS)
 
-figures: setup-dev  ## make docs/images again from the kept runs of demo-compare
+figures: setup-dev  ## draw docs/images from the kept runs of demo-compare
 	@$(VENV)/bin/python scripts/figures.py $(ARGS)
 
-docs: setup  ## run the commands in the docs again and put in what they print
+docs: setup  ## run the commands in the docs again and update their output
 	@$(VENV)/bin/python scripts/errors.py
 	@$(VENV)/bin/python scripts/transcripts.py $(ARGS)
 
 test: setup-dev  ## run all tests, the fast ones first; ARGS='-k layers'
 	@$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
-test-fast: setup-dev  ## run the tests that take some minutes together
+test-fast: setup-dev  ## run the fast tests, some minutes
 	@$(VENV)/bin/python -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
-torture: setup-dev  ## kill, starve and feed it rubbish, at length; ends with a table of cases and failures
+torture: setup-dev  ## kills, full disks and bad input, at length; ends with a table of cases and failures
 	@PSBN_TORTURE=1 $(VENV)/bin/python -m pytest $(PARALLEL) tests/torture $(ARGS)
 
 lint: setup-dev  ## check style and types
@@ -46,7 +46,7 @@ lint: setup-dev  ## check style and types
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-format: setup-dev  ## mend what ruff can mend
+format: setup-dev  ## fix and format what ruff can
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
@@ -73,6 +73,6 @@ evidence: setup-dev  ## test the paper's claims; ARGS=--quick for a smoke run
 	@$(VENV)/bin/python benchmarks/evidence/alpha.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/evidence/networks.py $(ARGS)
 
-zoo: setup-dev  ## try the checks and the switch to psBN on every config of MMDetection, an hour or so
+zoo: setup-dev  ## the checks and --norm psBN on every config of MMDetection, about an hour
 	@$(VENV)/bin/python benchmarks/zoo_data.py $(ARGS)
 	@$(VENV)/bin/python benchmarks/zoo.py $(ARGS)
