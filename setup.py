@@ -79,7 +79,7 @@ setup(
     long_description=read_readme(),
     long_description_content_type='text/markdown',
     author='The psbn_mmdet authors',
-    url='https://arxiv.org/abs/2001.11216',
+    project_urls={'Paper': 'https://arxiv.org/abs/2001.11216'},
     license='Apache-2.0',
     keywords='batch normalization, filter collapse, object detection, mmdetection, mmengine',
     classifiers=[

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import mmengine
 import pytest
 from commands import ENV, ROOT, run
 from packaging.requirements import Requirement
@@ -74,6 +75,7 @@ def test_version_is_the_packages_own(metadata):
     assert metadata['Version'] == [psbn_mmdet.__version__]
     assert metadata['Name'] == ['psbn_mmdet']
     assert metadata['License'] == ['Apache-2.0']
+    assert mmengine.load(ROOT / 'CITATION.cff', 'yaml')['version'] == psbn_mmdet.__version__
 
 
 def test_files_that_are_no_code_are_packaged(egg_info):
@@ -200,7 +202,7 @@ def test_setup_says_in_one_sentence_what_is_wrong(arguments, python, message, tm
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_ci_runs_the_test_command_and_keeps_pips_own_links(tmp_path):
+def test_ci_runs_lint_and_tests_and_keeps_pips_own_links(tmp_path):
     """With a `make` that only tells what it was called with."""
     fake(tmp_path, make='echo "make $* links=$PIP_FIND_LINKS"; exit 7', chromedriver='')
     env = {'PATH': f'{tmp_path}:{ENV["PATH"]}', 'PIP_FIND_LINKS': '/some/links'}
@@ -212,7 +214,7 @@ def test_ci_runs_the_test_command_and_keeps_pips_own_links(tmp_path):
         (clone / '.ci/run').symlink_to(ROOT / '.ci/run')
         result = run(clone / '.ci/run', cwd=tmp_path, **env)
         expected = '/some/links ../shared/wheels' if wheels else '/some/links'
-        assert result.stdout == f'make test links={expected}\n'
+        assert result.stdout == f'make --keep-going lint test links={expected}\n'
         assert result.returncode == 7
 
 
@@ -274,3 +276,26 @@ def test_what_an_index_shows_has_no_broken_links(egg_info):
     text = (egg_info / 'PKG-INFO').read_text()
     assert not re.findall(r'\]\((?!https?:)', text)
     assert 'make demo' in text
+
+
+PAGES = [*sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('docs/*.md')), *ROOT.glob('configs/*/*.md')]
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub links to them."""
+    text = re.sub(r'^```.*?^```$', '', page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r'^#+ (.+)$', text, re.MULTILINE)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_resolve(page):
+    for link in re.findall(r'\]\((?!https?:)([^)\s]+)\)', page.read_text()):
+        name, _, anchor = link.partition('#')
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / 'README.md').read_text().split()) <= 900
