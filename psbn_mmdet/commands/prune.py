@@ -101,29 +101,33 @@ def prune(args: argparse.Namespace) -> list[str]:
         MMLogger.get_current_instance().setLevel(logging.ERROR)
         whole: Any = model_of_config(cfg).eval()
         _load(whole, weights.state_dict, args)
-        with ChannelTrace(whole) as trace:
-            for data in images_of(dataset_of(cfg, 'train'), args.images):
-                whole.test_step(data)
-        cut = plan(trace, whole, args.margin)
+        val = dataset_of(cfg, 'val')
+        trace, cuts = ChannelTrace(whole), []
+        for data, count in ((dataset_of(cfg, 'train'), args.images), (val, len(val))):
+            with trace:
+                for image in images_of(data, count):
+                    whole.test_step(image)
+            cuts.append(plan(trace, whole, args.margin))
+        first, cut = cuts
         left = [
             f'  {_by_parameters(cfg, weights)} by their parameters alone, as tools/audit.py counts',
-            f'  {cut.held} channels stay: closed, but not by the margin of {args.margin:g}',
+            f'  {cut.held} closed channels stay: not closed by the margin of {args.margin:g}',
+            f'  {first.gone - cut.gone} channels stay: closed on the training images only, not on '
+            'the validation set',
             *(f'  {count} closed channels stay: {why}' for why, count in cut.left.items()),
         ]
         if not cut.kept:
-            return [f'{args.checkpoint}: nothing to cut on {args.images} images', *left]
+            return [f'{args.checkpoint}: nothing to cut', *left]
         pruned = copy.deepcopy(whole)
         add_constants(pruned, trace, cut.constants)
         narrow(pruned, cut.kept)
-        val = dataset_of(cfg, 'val')
         images = images_of(val, len(val))
         difference = max((largest_difference(whole, pruned, data) for data in images), default=0.0)
         if difference > ROUNDING and not args.force:
             raise ValueError(
                 f'the outputs differ by up to {difference:.1e} of the largest value on the '
-                'validation set, more than rounding, since filters that were closed on '
-                f'{args.images} images are open there: give more --images or a larger --margin, '
-                'or --force'
+                'validation set, more than rounding: the model computes something else in each '
+                'pass, or uses channels in a way that is not known: give --force to write it anyway'
             )
         scores = [scores_of(cfg, val, model) for model in (whole, pruned)]
         table = _table(val, whole, pruned)

@@ -242,7 +242,7 @@ def test_without_closed_filters_nothing_is_written(whole, tmp_path, capsys):
     torch.save(content, tmp_path / 'open.pth')
     arguments = [tmp_path / 'open.pth', '--config', whole.config, '-o', tmp_path / 'out']
     assert prune.main([*map(str, arguments), '--images', '2']) == 0
-    assert 'nothing to cut on 2 images' in capsys.readouterr().out
+    assert 'nothing to cut' in capsys.readouterr().out
     assert not (tmp_path / 'out').exists()
 
 
