@@ -91,6 +91,7 @@ def records_of(runner):
 
 def channels_of(records, report, kind) -> dict:
     return {
-        records.header['layers'][int(index)]['name']: parse_ranges(ranges, 8).nonzero()[0].tolist()
-        for index, ranges in report['channels'][kind].items()
+        layer['name']: parse_ranges(ranges, 8).nonzero()[0].tolist()
+        for layer, ranges in zip(records.header['layers'], report['channels'][kind])
+        if ranges
     }

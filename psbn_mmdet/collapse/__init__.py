@@ -14,7 +14,7 @@ from .census import (
 )
 from .gradients import GradientWatch
 from .leak import leak_share
-from .monitor import COUNTS, RECOVERED, CollapseMonitor, Report, sum_known
+from .monitor import CollapseMonitor, Report, sum_known
 from .recovery import Recovery, decay_per_step
 from .revival import revive
 from .structure import (
@@ -29,9 +29,7 @@ from .structure import (
 
 __all__ = [
     'ASSUMED',
-    'COUNTS',
     'FOLDED',
-    'RECOVERED',
     'RECTIFIERS',
     'Census',
     'CollapseMonitor',

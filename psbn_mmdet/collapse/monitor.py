@@ -23,13 +23,11 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.optim import Optimizer
 
-from ..records import KINDS, format_ranges, parse_ranges
+from ..records import COUNTS, KINDS, RECOVERED, format_ranges, parse_ranges
 from .census import Census, census_of_model, check_thresholds, find_norms
 from .gradients import GradientWatch
 from .structure import Structure, watch_steps
 
-COUNTS = (*KINDS, 'collapsed', 'new', 'revived', 'unstarted')
-RECOVERED = 'recovered'  # a kind that exists only if something reopens filters
 BEGUN = 10  # times tau; gammas that start at 0 linger there
 REST = 0.25  # times tau; a gamma at rest moves less in two windows
 

@@ -9,23 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from ..report import follow_report, write_report
+from ..report import write_report
 from ..report.style import shorten
 from . import complain, say
-
-
-def seconds(text: str) -> float:
-    """A number of seconds from 1 to those of a day."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 <= value <= 86_400:
-        raise argparse.ArgumentTypeError(
-            f'must be a number of seconds from 1 to 86400, got {text!r}: '
-            'give --follow after the work dirs'
-        )
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,15 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '-o', '--out', default='report.html', help='the page to write, default: %(default)s'
     )
-    parser.add_argument(
-        '--follow',
-        nargs='?',
-        type=seconds,
-        const=30,
-        metavar='SECONDS',
-        help='look every %(const)s seconds whether the runs have gone on, and write the page '
-        'again, which loads itself again in a browser; until Ctrl-C or their end',
-    )
     args = parser.parse_args(argv)
     labels = args.labels or [Path(work_dir).resolve().name for work_dir in args.work_dirs]
     try:
@@ -63,16 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 'with --labels'
             )
         runs = dict(zip(labels, args.work_dirs))
-        if args.follow:
-            follow_report(runs, args.out, args.follow, say, _write)
-        else:
-            say(f'The report is in {_write(runs, args.out)}')
+        say(f'The report is in {_write(runs, args.out)}')
     except (OSError, ValueError) as error:
         return complain('report', error)
     return 0
 
 
-def _write(runs: Mapping[str, str], out: str, reload: float | None = None) -> Path:
+def _write(runs: Mapping[str, str], out: str) -> Path:
     """Write the page, under a bar where there is a terminal."""
     console = Console(stderr=True)
     console.quiet = not console.is_terminal  # before rich 14.3 a disabled bar breaks a line
@@ -84,4 +58,4 @@ def _write(runs: Mapping[str, str], out: str, reload: float | None = None) -> Pa
                 tasks[what] = bar.add_task(what.replace('[', r'\['), total=1)
             bar.update(tasks[what], completed=share)
 
-        return write_report(runs, out, progress, reload)
+        return write_report(runs, out, progress)

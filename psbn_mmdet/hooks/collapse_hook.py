@@ -14,10 +14,10 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from ..collapse import COUNTS, CollapseMonitor, check_thresholds, find_norms
+from ..collapse import CollapseMonitor, check_thresholds, find_norms
 from ..forecast import Schedule, make_forecast, read_schedule
 from ..layers import PostShiftedBatchNorm
-from ..records import STATE_INFO
+from ..records import COUNTS, STATE_INFO
 from .checks import is_count, optimizers_of, refuse_model, unwrapped, will_train
 from .epoch_table import EpochTable
 from .guard import Guard
@@ -157,15 +157,13 @@ class CollapseHook(Hook):
         self._guard('TensorBoard curves', draw_stages, runner, self._monitor)
 
     def after_train(self, runner: Runner) -> None:
-        """Make the last report, keep the last snapshot, note the end, detach."""
+        """Make the last report, keep the last snapshot, detach."""
         monitor = self._monitor
         if monitor is None:
             return
         if monitor.iteration > self._reported:
             self._guard('counts', self._report, runner, monitor)
         self._guard('snapshots', self._keep_snapshot, runner, monitor)
-        if self._recorder is not None:
-            self._guard('records', self._recorder.end)
         self._guard('messages', _tell_of_closed, runner, monitor)
         self._detach()
 

@@ -70,7 +70,10 @@ class Recorder:
                 'epoch': max(runner.epoch + is_within, 1),
                 'lr': {name: float(rate[0]) for name, rate in rates},  # may be tensors
                 'steps': report.steps,
-                **to_json(report),
+                'channels': {
+                    kind: [None if mask is None else format_ranges(mask) for mask in masks]
+                    for kind, masks in report.masks.items()
+                },
             }
         )
         folder = self._writer.path.resolve().parent
@@ -81,11 +84,6 @@ class Recorder:
         """Keep a snapshot of all gammas and biases."""
         folder = self._own_folder(runner)
         write_snapshot(folder, runner.iter, now.values('gamma'), now.values('bias'))
-
-    def end(self) -> None:
-        """Note that the training has come to its end."""
-        if self._writer is not None:
-            self._writer.end()
 
     def _own_folder(self, runner: Runner) -> Path:
         """The log folder, unless a run that was started in the same second has it."""
@@ -156,19 +154,3 @@ def _find_earlier(runner: Runner, start: Census) -> Path | None:
         'gone: a new one is begun. To continue it, put it back and resume again.'
     )
     return None
-
-
-def to_json(report: Report) -> dict[str, Any]:
-    """The counts and channels, as they stand in the record."""
-    return {
-        'total': report.total,
-        'layers': report.counts,
-        'channels': {
-            kind: {
-                str(index): format_ranges(mask)
-                for index, mask in enumerate(masks)
-                if mask is not None and mask.any()
-            }
-            for kind, masks in report.masks.items()
-        },
-    }

@@ -8,7 +8,8 @@ import numpy as np
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 
-from ..collapse import RECOVERED, CollapseMonitor, Report
+from ..collapse import CollapseMonitor, Report
+from ..records import RECOVERED
 
 PREFIX = 'train/collapse/'  # of the scalars in the message hub
 # Past values that the message hub keeps of each: it copies all of them at each new one.

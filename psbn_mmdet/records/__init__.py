@@ -1,20 +1,16 @@
 """What a run writes down of its collapse: the record and the snapshots. Needs NumPy only."""
 
-from .names import KINDS, RECORD_INFO, STATE_INFO, stage_of
-from .record import (
-    ENDED_FILE,
-    MOST_BYTES,
-    MOST_CHANNELS,
+from .names import (
+    COUNTS,
+    KINDS,
     RECORD_FILE,
-    NoReportError,
-    Records,
-    RecordWriter,
-    format_ranges,
-    parse_ranges,
-    read_records,
-    stream_json,
-    stream_records,
+    RECORD_INFO,
+    RECOVERED,
+    STATE_INFO,
+    stage_of,
 )
+from .ranges import format_ranges, parse_ranges
+from .reader import Records, read_records, stream_json, stream_records
 from .snapshots import (
     claim_folder,
     copy_snapshots,
@@ -22,16 +18,15 @@ from .snapshots import (
     read_snapshot,
     write_snapshot,
 )
+from .writer import RecordWriter
 
 __all__ = [
-    'ENDED_FILE',
+    'COUNTS',
     'KINDS',
-    'MOST_BYTES',
-    'MOST_CHANNELS',
     'RECORD_FILE',
     'RECORD_INFO',
+    'RECOVERED',
     'STATE_INFO',
-    'NoReportError',
     'RecordWriter',
     'Records',
     'claim_folder',

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+RECORD_FILE = 'collapse.jsonl'  # in a run's log folder
 KINDS = ('vanished', 'dead', 'trapped', 'broken')  # see psbn_mmdet.collapse.census
+COUNTS = (*KINDS, 'collapsed', 'new', 'revived', 'unstarted')  # in each report
+RECOVERED = 'recovered'  # in reports of a run with RecoveryHook
 # Keys of MMEngine's runtime information, which is in each checkpoint of a run.
 RECORD_INFO = 'collapse/record'  # the record's identity
 STATE_INFO = 'collapse/state'  # of psbn_mmdet.collapse.CollapseMonitor
-# What has whole networks in it, such as a teacher and a student.
-_AROUND = ('student', 'teacher', 'detector', 'reid', 'module')
+# Attributes that hold whole networks, such as a teacher and a student.
+_WRAPPERS = ('student', 'teacher', 'detector', 'reid', 'module')
 
 
 def stage_of(name: str) -> str:
@@ -20,5 +23,5 @@ def stage_of(name: str) -> str:
     parts = name.split('.')[:-1]
     if not parts:
         return name
-    around = 1 if parts[0] in _AROUND else 0
-    return '.'.join(parts[: around + (2 if 'backbone' in parts[around : around + 1] else 1)])
+    start = 1 if parts[0] in _WRAPPERS else 0
+    return '.'.join(parts[: start + (2 if 'backbone' in parts[start : start + 1] else 1)])

@@ -4,8 +4,7 @@ The report of runs needs neither torch nor MMEngine.
 """
 
 from .channels import draw_channels
-from .follow import follow_report
 from .page import write_report
 from .runs import Run, find_record, read_run
 
-__all__ = ['Run', 'draw_channels', 'find_record', 'follow_report', 'read_run', 'write_report']
+__all__ = ['Run', 'draw_channels', 'find_record', 'read_run', 'write_report']

@@ -128,7 +128,7 @@ def _name_layers(ax: Axes, run: Run, named: bool) -> None:
 def channels(runs: Sequence[Run]) -> Figure | str:
     """Gamma against the bias of all channels, at the start, the middle and the end."""
     if not any(run.snapshots for run in runs):
-        return 'No snapshots of gamma and bias: this record is from before the hook kept them.'
+        return 'No snapshots of gamma and bias are beside the record.'
     columns = max(len(run.snapshots) for run in runs)
     figure = Figure(figsize=(WIDTH, 1.1 + 3.1 * len(runs)), layout='constrained')
     axes = figure.subplots(len(runs), columns, sharex='col', sharey='col', squeeze=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import os
 import warnings
@@ -26,23 +25,12 @@ from .stages import COLUMNS, stage_rows
 from .style import COLOURS, STYLE, printable
 
 DPI = 150
-# Browsers keep the place in the page over a reload, but not which details are open.
-RELOAD = """<script>
-const details = [...document.querySelectorAll('details')];
-(history.state || []).forEach((open, i) => { if (details[i]) details[i].open = open; });
-setTimeout(() => {
-  history.replaceState(details.map(d => d.open), '');
-  location.reload();
-}, %d);
-</script>
-"""
 
 
 def write_report(
     work_dirs: Mapping[str, str | os.PathLike],
     out: str | os.PathLike,
     progress: Callable[[str, float], None] = lambda what, share: None,
-    reload: float | None = None,
 ) -> Path:
     """Write the report of one or more runs.
 
@@ -54,25 +42,22 @@ def write_report(
         out (str | PathLike): The page to write.
         progress (Callable[[str, float], None]): Called with what is done, and the share of it
             that is done, from 0 to 1.
-        reload (float, optional): Seconds after which a browser loads the page again. Defaults to
-            None: never.
 
     Returns:
         Path: ``out``.
 
     Raises:
         FileNotFoundError: If a work dir has no record.
-        NoReportError: If a record has no report yet; it is a ValueError.
         ValueError: If there are more runs than colours, if a label is empty, if ``out`` is a
-            folder or a file that is read, or if a file is damaged.
+            folder or a file that is read, if a record has no report yet, or if a file is damaged.
 
     Examples:
         >>> from psbn_mmdet.report import write_report
         >>> runs = {'BN': 'work_dirs/bn', 'psBN': 'work_dirs/psbn'}
         >>> write_report(runs, 'report.html')  # doctest: +SKIP
     """
-    check_request(work_dirs, out)
     out = Path(out)
+    _check_request(work_dirs, out)
     runs = []
     for label, path in work_dirs.items():
         what = f'reading {printable(label)}'
@@ -81,7 +66,6 @@ def write_report(
     figures, files = _draw(runs, progress)
 
     folder = out.with_name(f'{out.stem}_figures')
-    policy, script = _reloading(reload) if reload else ('', '')
     page = (
         _environment()
         .get_template('report.html.j2')
@@ -90,8 +74,6 @@ def write_report(
             figures=figures,
             folder=printable(folder.name),
             columns=COLUMNS,
-            policy=policy,
-            script=script,
         )
     )
     with ExitStack() as stack:  # all of them take their places once all are written
@@ -104,17 +86,8 @@ def write_report(
     return out
 
 
-def check_request(work_dirs: Mapping[str, str | os.PathLike], out: str | os.PathLike) -> None:
-    """Refuse what no report can be written of, or to, whatever the runs' files are.
-
-    Args:
-        work_dirs (Mapping[str, str | PathLike]): By label.
-        out (str | PathLike): The page to write.
-
-    Raises:
-        ValueError: If there are more runs than colours, if a label is empty, or if ``out`` is a
-            folder or a file that is read.
-    """
+def _check_request(work_dirs: Mapping[str, str | os.PathLike], out: Path) -> None:
+    """Refuse what is wrong whatever is in the runs' files."""
     if not 1 <= len(work_dirs) <= len(COLOURS):
         raise ValueError(
             f'{len(work_dirs)} runs cannot be told apart by colour: give 1 to {len(COLOURS)}'
@@ -123,28 +96,10 @@ def check_request(work_dirs: Mapping[str, str | os.PathLike], out: str | os.Path
         raise ValueError(f'the labels {list(work_dirs)} are not all texts: give each run a name')
     if not all(label.strip() for label in work_dirs):
         raise ValueError("a label is empty, '': give each run a name")
-    out = Path(out)
     if out.is_dir():
         raise ValueError(f'{out} is a folder: name a file, such as {out / "report.html"}')
     if any(is_input(out, path) for path in work_dirs.values()):
         raise ValueError(f'{out} is of the run itself and is not overwritten: name another file')
-
-
-def stop_reloading(page: Path, reload: float) -> None:
-    """Make of a page written with ``reload`` what it would be without."""
-    text = page.read_text(encoding='utf-8')
-    for part in _reloading(reload):
-        text = text.replace(part, '')
-    with replacing(page) as file:
-        file.write_text(text, encoding='utf-8')
-
-
-def _reloading(seconds: float) -> tuple[str, str]:
-    """The script that loads the page again, after the policy that allows it and no other."""
-    script = RELOAD % (seconds * 1000)
-    code = script[len('<script>') : script.index('</script>')]
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    return f"; script-src 'sha256-{digest}'", script
 
 
 def _draw(

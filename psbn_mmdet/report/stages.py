@@ -44,8 +44,8 @@ def stage_rows(run: Run) -> list[list[str]]:
 
 def _sum(run: Run, kind: str, layers: list[int]) -> int | None:
     """The last report's count, of the layers where it is known."""
-    counts = run.last['layers'].get(kind)  # records of earlier versions lack some kinds
-    known = [counts[layer] for layer in layers if counts and counts[layer] is not None]
+    counts = [run.last['layers'][kind][layer] for layer in layers]
+    known = [count for count in counts if count is not None]
     return sum(known) if known else None
 
 

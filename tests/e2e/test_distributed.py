@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from limits import HANG
 
-from psbn_mmdet.records import parse_ranges, read_records
+from psbn_mmdet.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,7 +88,6 @@ def test_the_record_is_what_each_rank_alone_would_count(work_dir):
     (path,) = work_dir.glob('*/collapse.jsonl')
     records = read_records(path)
     names = [layer['name'] for layer in records.header['layers']]
-    sizes = [layer['channels'] for layer in records.header['layers']]
     rectifiers = {layer['name']: layer['rectifier'] for layer in records.header['layers']}
     assert rectifiers['backbone.bn1'] == rectifiers['backbone.layer1.0.bn1'] == 'relu'
     assert rectifiers['backbone.layer1.0.bn2'] == 'other'
@@ -98,10 +97,7 @@ def test_the_record_is_what_each_rank_alone_would_count(work_dir):
     assert [r['iter'] for r in records.reports] == [r['iter'] for r in first['reports']] == [2, 4]
     for report, witnessed in zip(records.reports, first['reports']):
         for kind in ('trapped', 'vanished'):
-            found = {
-                name: parse_ranges(report['channels'][kind].get(str(i), ''), size)
-                for i, (name, size) in enumerate(zip(names, sizes))
-            }
+            found = {name: records.mask(report, kind, index) for index, name in enumerate(names)}
             assert {n: m.nonzero()[0].tolist() for n, m in found.items()} == witnessed[kind]
 
 

@@ -12,9 +12,8 @@ from small_run import Classifier, channels_of, records_of, run, texts
 from torch import nn
 
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
-from psbn_mmdet.records import find_snapshots, read_records
+from psbn_mmdet.records import find_snapshots
 from psbn_mmdet.report import find_record
-from psbn_mmdet.report.runs import has_ended
 
 
 def resumable(tmp_path, epochs, **kwargs):
@@ -101,28 +100,6 @@ def test_a_run_that_is_resumed_past_its_end_leaves_the_record_as_it_is(tmp_path)
     assert find_record(tmp_path).parent == Path(first.log_dir)
     assert find_record(tmp_path).read_bytes() == before
     assert 'are off from iteration' not in texts(tmp_path)
-
-
-class Failing(Classifier):
-    """Fails in the sixth step."""
-
-    steps = 0
-
-    def forward(self, *args, **kwargs):
-        self.steps += 1
-        if self.steps == 6:
-            raise RuntimeError('a step fails')
-        return super().forward(*args, **kwargs)
-
-
-def test_the_end_of_a_training_is_noted_unless_it_fails(tmp_path):
-    run(tmp_path / 'whole', Classifier(), epochs=1)
-    assert has_ended(tmp_path / 'whole')
-    with pytest.raises(RuntimeError, match='a step fails'):
-        run(tmp_path / 'failed', Failing(), epochs=1)
-    assert len(read_records(find_record(tmp_path / 'failed')).reports) == 1
-    assert not has_ended(tmp_path / 'failed')
-    assert not has_ended(tmp_path / 'nowhere')
 
 
 def test_a_damaged_record_is_left_alone_and_said(tmp_path):

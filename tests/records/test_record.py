@@ -5,17 +5,18 @@ import json
 import numpy as np
 import pytest
 
-from psbn_mmdet.records import RecordWriter, format_ranges, parse_ranges, read_records
+from psbn_mmdet.records import COUNTS, RecordWriter, format_ranges, parse_ranges, read_records
 
-HEADER = dict(layers=[dict(name='bn', channels=8)], tau=1e-3)
+HEADER = dict(
+    layers=[dict(name='bn', channels=8, norm='BN'), dict(name='head.bn', channels=4, norm='BN')],
+    **dict(interval=50, window=50, tau=1e-3, k=3.0),
+)
 
 
-def report(iteration: int, channels: str = '', count: int = 0) -> dict:
-    return dict(
-        iter=iteration,
-        total=dict(collapsed=count, trapped=None),
-        channels=dict(collapsed={'0': channels} if channels else {}),
-    )
+def report(iteration: int, channels: str = '') -> dict:
+    masks = {key: ['', ''] for key in COUNTS} | dict(trapped=[None, None], dead=[channels, None])
+    masks['collapsed'] = [channels, '0']
+    return dict(iter=iteration, epoch=1, lr=dict(lr=0.1), channels=masks)
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def path(tmp_path):
     path = tmp_path / 'run' / 'collapse.jsonl'
     writer = RecordWriter(path, HEADER)
     for iteration in (50, 100, 150):
-        writer.append(report(iteration, '1-3', 3))
+        writer.append(report(iteration, '1-3'))
     return path
 
 
@@ -54,10 +55,22 @@ def test_what_is_written_is_read(path):
     records = read_records(path)
     assert records.header['layers'] == HEADER['layers']
     assert [r['iter'] for r in records.reports] == [50, 100, 150]
-    assert records.series('collapsed') == ([50, 100, 150], [3, 3, 3])
-    assert np.isnan(records.series('trapped')[1]).all()
-    mask = records.mask(records.reports[0], 'collapsed', 0)
-    assert mask.nonzero()[0].tolist() == [1, 2, 3]
+    assert records.mask(records.reports[0], 'collapsed', 0).nonzero()[0].tolist() == [1, 2, 3]
+    assert not records.mask(records.reports[0], 'trapped', 1).any()
+
+
+def test_counts_are_derived_from_the_channels(path):
+    writer = RecordWriter(path, HEADER)
+    for iteration, ranges in enumerate(['', '1-3', '1-3', '0,7'], 1):
+        writer.append(report(iteration, ranges))
+    reports = read_records(writer.path).reports
+    assert [r['total']['collapsed'] for r in reports] == [1, 4, 4, 3]
+    assert [r['layers']['collapsed'] for r in reports] == [[0, 1], [3, 1], [3, 1], [2, 1]]
+    assert [r['layers']['dead'] for r in reports] == [[0, None], [3, None], [3, None], [2, None]]
+    assert [r['total']['dead'] for r in reports] == [0, 3, 3, 2]
+    assert {r['total']['trapped'] for r in reports} == {None}
+    assert 'recovered' not in reports[0]['total']
+    assert 'total' not in writer.path.read_text()
 
 
 def test_each_line_is_on_disk_at_once(path):
@@ -79,7 +92,7 @@ def test_a_torn_last_line_is_passed_over(path, cut):
         lambda line: b'\xff\xfe',
         lambda line: b'{}',
         lambda line: b'[1]',
-        lambda line: b'{"iter": 1, "total": {}}',
+        lambda line: b'{"iter": 1, "channels": {}}',
     ],
 )
 @pytest.mark.parametrize('number', [1, 2, 4])
@@ -91,15 +104,8 @@ def test_other_damage_is_rejected_with_the_line_number(path, damage, number):
         read_records(path)
 
 
-def test_records_of_the_first_version_are_read(path):
-    header, *reports = path.read_text().splitlines()
-    assert json.loads(header) == dict(format=1, **HEADER)
-    path.write_text('\n'.join([json.dumps(dict(format=1, **HEADER)), *reports, '']))
-    assert len(read_records(path).reports) == 3
-
-
 def test_another_format_and_an_empty_file_are_rejected(path):
-    for other in (0, 99):
+    for other in (1, 99):
         path.write_text(json.dumps(dict(format=other)) + '\n')
         with pytest.raises(ValueError, match=f'format {other}'):
             read_records(path)

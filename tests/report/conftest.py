@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psbn_mmdet.records import RecordWriter, format_ranges, write_snapshot
+from psbn_mmdet.records import COUNTS, RecordWriter, format_ranges, write_snapshot
 
-KINDS = ('vanished', 'dead', 'trapped', 'collapsed', 'new', 'revived')
 RESNET50 = [
     ('backbone.bn1', 64),
     *(
@@ -43,19 +42,13 @@ def header_of(layers: Sequence[tuple[str, int]], **settings) -> dict:
 
 
 def body_of(layers: Sequence[tuple[str, int]], before: np.ndarray, now: np.ndarray) -> dict:
-    """A report's counts and channels, from who was collapsed before and who is now, (C,) each."""
+    """A report's channels, from who was collapsed before and who is now, (C,) each."""
     bounds = np.cumsum([n for _, n in layers])[:-1]
-    masks = dict.fromkeys(('vanished', 'dead', 'trapped', 'collapsed'), now)
-    masks |= {'vanished': now & False, 'new': now & ~before, 'revived': before & ~now}
-    split = {kind: np.split(masks[kind], bounds) for kind in KINDS}
-    return {
-        'total': {kind: int(masks[kind].sum()) for kind in KINDS},
-        'layers': {kind: [int(part.sum()) for part in split[kind]] for kind in KINDS},
-        'channels': {
-            kind: {str(i): format_ranges(part) for i, part in enumerate(split[kind]) if part.any()}
-            for kind in KINDS
-        },
-    }
+    masks = dict.fromkeys(COUNTS, now & False)
+    masks |= dict.fromkeys(('dead', 'trapped', 'collapsed'), now)
+    masks |= {'new': now & ~before, 'revived': before & ~now}
+    channels = {k: list(map(format_ranges, np.split(mask, bounds))) for k, mask in masks.items()}
+    return {'channels': channels}
 
 
 @pytest.fixture(scope='session')

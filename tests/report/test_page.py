@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,10 +14,8 @@ import cv2
 import numpy as np
 import pytest
 
-from psbn_mmdet.atomic import replacing
 from psbn_mmdet.report import find_record, write_report
 from psbn_mmdet.report.figures import FIGURES
-from psbn_mmdet.report.page import stop_reloading
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = [
@@ -125,29 +122,6 @@ def test_hostile_text_does_nothing_in_a_browser(driver, hostile):
     assert all(text in shown for text in HOSTILE)
     overflow = 'return document.documentElement.scrollWidth - document.documentElement.clientWidth'
     assert driver.execute_script(overflow) <= 0
-
-
-def test_a_followed_page_loads_itself_again_and_the_reader_stays(driver, tmp_path, write_run):
-    def wait(for_this: str) -> list:
-        for _ in range(200):
-            if driver.execute_script(f'return {for_this}'):
-                break
-            time.sleep(0.05)
-        open_and_place = 'return [document.querySelector("details").open, scrollY]'
-        return [*driver.execute_script(open_and_place), driver.title, console(driver)]
-
-    run, out = write_run(tmp_path / 'run'), tmp_path / 'page.html'
-    write_report({HOSTILE[0]: run}, out, reload=1)
-    driver.set_window_size(1100, 900)
-    driver.get(out.as_uri())
-    driver.execute_script('document.querySelector("details").open = true; scrollTo(0, 700)')
-    with replacing(out) as part:
-        part.write_text(out.read_text().replace('4 reports', '5 reports'))
-    title = f'Collapsed filters: {HOSTILE[0]}'
-    new = 'document.body.textContent.includes("5 reports")'
-    assert wait(new) == [True, 700, title, []]
-    stop_reloading(out, 1)
-    assert wait('document.scripts.length === 0')[1:] == [700, title, []]
 
 
 def test_hostile_text_is_escaped(hostile):

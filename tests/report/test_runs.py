@@ -43,8 +43,8 @@ def test_life_lines_tell_when_the_recovery_hook_opened_a_channel(tmp_path, write
     work_dir = write_run(tmp_path, [[5, 70], [70], [], [5]])
     (path,) = work_dir.glob('*/collapse.jsonl')
     header, *reports = map(json.loads, path.read_text().splitlines())
-    for report, opened in zip(reports, ({}, {'0': '5'}, {'1': '6-7'}, {'0': '5'})):
-        report['channels']['recovered'] = opened
+    for report, opened in zip(reports, (['', '', None], ['5', ''], ['', '6-7'], ['5', ''])):
+        report['channels']['recovered'] = [*opened, None][:3]
     path.write_text(''.join(json.dumps(line) + '\n' for line in (header, *reports)))
     run = read_run(work_dir, 'psBN')
     lives = {(life.layer, life.channel): life.recovered for life in run.lives(10)}
@@ -101,8 +101,7 @@ def test_a_report_without_a_step_is_a_gap(tmp_path, write_run):
     path = find_record(work_dir)
     lines = path.read_text().splitlines()
     report = json.loads(lines[2])
-    report['total']['trapped'] = None
-    report['layers']['trapped'] = [None] * 3
+    report['channels']['trapped'] = [None] * 3
     lines[2] = json.dumps(report)
     path.write_text('\n'.join(lines) + '\n')
     trapped = read_run(work_dir, 'BN').counts['trapped']
@@ -231,11 +230,12 @@ def damages() -> dict:
     """Ways to spoil the report of line 3."""
     return {
         'no JSON': lambda r: r.clear(),
-        'too few layers': lambda r: r['layers']['collapsed'].pop(),
-        'another kind of count': lambda r: r['total'].update(collapsed='many'),
+        'too few layers': lambda r: r['channels']['collapsed'].pop(),
         'no channels': lambda r: r.pop('channels'),
-        'channels of a layer that is not': lambda r: r['channels']['new'].update({'7': '1'}),
-        'channels that are no numbers': lambda r: r['channels']['new'].update({'0': 'x'}),
+        'a kind that is missing': lambda r: r['channels'].pop('unstarted'),
+        'collapsed channels that are unknown': lambda r: r['channels'].update(new=[None] * 3),
+        'channels that are no numbers': lambda r: r['channels'].update(new=['x', '', '']),
+        'channels that are no list': lambda r: r['channels'].update(dead={'0': '1'}),
         'an iteration out of order': lambda r: r.update(iter=50),
         'an iteration that is none': lambda r: r.update(iter='100'),
         'a learning rate that is a word': lambda r: r.update(lr={'lr': 'high'}),
@@ -273,7 +273,8 @@ def test_the_kept_runs_are_read_as_they_are():
     for norm in ('bn', 'psbn'):
         run = read_run(kept / norm, norm)
         records = read_records(kept / norm / 'collapse.jsonl')
-        assert run.counts['collapsed'].tolist() == records.series('collapsed')[1]
+        collapsed = [report['total']['collapsed'] for report in records.reports]
+        assert run.counts['collapsed'].tolist() == collapsed
         assert [s.iteration for s in run.snapshots] == [0, 720, 1440]
         scores = json.loads((kept / norm / 'scores.json').read_text())
         assert run.scores['AP'][1] == [score['AP'] for score in scores.values()]

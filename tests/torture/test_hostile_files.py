@@ -30,7 +30,7 @@ from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.commands import audit, report, revive
 from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.preflight import PreflightError, check_test_config, check_train_config
-from psbn_mmdet.records import RecordWriter, write_snapshot
+from psbn_mmdet.records import COUNTS, RecordWriter, write_snapshot
 from psbn_mmdet.report import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,14 +228,11 @@ def make_run(folder: Path, **header) -> None:
     layers = [dict(name='a.bn', channels=4, norm='BN', shift=0, rectifier='relu', frozen=False)]
     common = dict(interval=50, window=50, tau=1e-3, k=3.0, continues=None)
     writer = RecordWriter(folder / 'collapse.jsonl', dict(layers=layers) | common | header)
-    kinds = ('vanished', 'dead', 'trapped', 'broken', 'collapsed', 'new', 'revived')
     for iteration in (50, 100):
         writer.append(
             dict(
                 **dict(iter=iteration, epoch=1, lr=dict(lr=0.1), steps=50),
-                total=dict.fromkeys(kinds, 0),
-                layers={kind: [0] for kind in kinds},
-                channels={kind: {} for kind in kinds},
+                channels={key: [''] for key in COUNTS},
             )
         )
     write_snapshot(folder, 0, np.ones(4), np.zeros(4))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from psbn_mmdet.commands import report as tool
-from psbn_mmdet.records import RecordWriter
+from psbn_mmdet.records import COUNTS, RecordWriter
 from psbn_mmdet.report import draw_channels, page, write_report
 from psbn_mmdet.report.style import COLOURS, printable, shorten, wrap
 from psbn_mmdet.report.thinning import Columns, thin
@@ -73,15 +73,9 @@ def write_run(folder: Path, names: list[str]) -> Path:
     settings = dict(interval=50, window=50, tau=1e-3, k=3.0)
     writer = RecordWriter(folder / 'collapse.jsonl', dict(layers=layers, **settings))
     for index, n in enumerate((0, len(names)), start=1):
-        zeros = [0] * len(names)
-        layers_of = dict.fromkeys(('vanished', 'dead', 'trapped', 'revived'), zeros)
-        layers_of |= dict.fromkeys(('collapsed', 'new'), [1] * len(names) if n else zeros)
-        channels = {str(i): '1' for i in range(len(names))} if n else {}
-        writer.append(
-            dict(iter=50 * index, epoch=1, lr=dict(lr=0.1), layers=layers_of)
-            | dict(total={kind: sum(counts) for kind, counts in layers_of.items()})
-            | dict(channels=dict(collapsed=channels, new=channels, revived={}))
-        )
+        channels = dict.fromkeys(COUNTS, [''] * len(names))
+        channels |= dict.fromkeys(('collapsed', 'new'), ['1' if n else ''] * len(names))
+        writer.append(dict(iter=50 * index, epoch=1, lr=dict(lr=0.1), channels=channels))
     return folder
 
 
