@@ -1,10 +1,8 @@
 """Write a report of one or more training runs: an HTML page, and its figures as PNG and SVG."""
 
-import os
 import sys
 from pathlib import Path
 
-os.environ['PSBN_MMDET_REGISTER'] = '0'  # nothing is trained here: no need of torch and MMEngine
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from psbn_mmdet.commands.report import main

@@ -1,7 +1,4 @@
-"""What people look at: the report of training runs, and in ``audit_tables`` that of checkpoints.
-
-The report of runs needs neither torch nor MMEngine.
-"""
+"""What people look at: the report of training runs, and in ``audit_tables`` that of checkpoints."""
 
 from .channels import draw_channels
 from .page import write_report
