@@ -3,6 +3,9 @@
 YOLOv3 (LeakyReLU, slope 0.1) is trained from scratch on the drawn data for some steps. Before and
 after, the share of each filter's gradient that comes through the leak is measured on a batch. A
 filter open half of the time has slope / (1 + slope) = 0.09, one closed on the whole batch has 1.
+
+A LeakyReLU passes the slope's share of the gradient below zero, so no filter behind it is ever
+trapped: what collapse is to ReLU shows here as a filter that trains on the leak alone.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -18,12 +22,13 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner, set_random_seed
+from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from psbn_mmdet.collapse import RectifierTrace, census_of_model, leak_share  # noqa: E402
+from psbn_mmdet.collapse import RectifierTrace, census_of_model, find_norms  # noqa: E402
 
 CONFIG = "_base_ = ['mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py']\n"
 
@@ -62,6 +67,52 @@ def load_config(data_root: str, work_dir: str) -> Config:
         for part in ('cfg', 'dataloader', 'evaluator'):
             cfg.pop(f'{stage}_{part}', None)
     return cfg
+
+
+def leak_share(
+    model: nn.Module, loss: Callable[[], Tensor], rectifiers: dict[str, str]
+) -> dict[str, np.ndarray]:
+    """Measure which share of each filter's gradient comes through the leak.
+
+    With y the output of a BN before a LeakyReLU, it is the sum of ``|dL/dy|`` over the positions
+    with y < 0, divided by that over all positions. At 1 the filter is closed on the whole batch
+    and trains with the slope's share of the gradient only; where nothing flows at all it is NaN.
+
+    Args:
+        model (nn.Module): The network. Its gradients are left as they were, running statistics
+            are updated where the pass updates them.
+        loss (Callable): Runs the network on a batch and returns the loss.
+        rectifiers (dict[str, str]): What follows each layer.
+
+    Returns:
+        dict[str, np.ndarray]: For each layer before a LeakyReLU the share of each channel, shape
+        (C,).
+    """
+    leaking: dict[str, Tensor] = {}
+    total: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable:
+        def watch_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            closed = (output < 0).detach()
+
+            def add(grad: Tensor) -> None:
+                dims = [d for d in range(grad.dim()) if d != 1]
+                leaking[name] = leaking.get(name, 0) + (grad.abs() * closed).sum(dims)
+                total[name] = total.get(name, 0) + grad.abs().sum(dims)
+
+            output.register_hook(add)
+
+        return watch_gradient
+
+    norms = {n: norm for n, norm in find_norms(model).items() if rectifiers.get(n) == 'leaky_relu'}
+    handles = [norm.register_forward_hook(hook(name)) for name, norm in norms.items()]
+    try:
+        params = [p for p in model.parameters() if p.requires_grad]
+        torch.autograd.grad(loss(), params, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (leaking[name] / total[name]).cpu().numpy() for name in total}
 
 
 def measure(runner: Runner, batch: dict) -> dict:

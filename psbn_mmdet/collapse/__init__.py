@@ -13,7 +13,6 @@ from .census import (
     find_norms,
 )
 from .gradients import GradientWatch
-from .leak import leak_share
 from .monitor import CollapseMonitor, Report, sum_known
 from .recovery import Recovery, decay_per_step
 from .revival import revive
@@ -46,7 +45,6 @@ __all__ = [
     'compare',
     'decay_per_step',
     'find_norms',
-    'leak_share',
     'revive',
     'sum_known',
     'trace_rectifiers',

@@ -1,11 +1,12 @@
-"""The share of the gradient that comes through the leak of a LeakyReLU."""
+"""benchmarks/leak_share.py: the share of the gradient that comes through a LeakyReLU's leak."""
 
 import numpy as np
 import pytest
 import torch
+from leak_share import leak_share
 from torch import nn
 
-from psbn_mmdet.collapse import leak_share, trace_rectifiers
+from psbn_mmdet.collapse import trace_rectifiers
 
 SLOPE = 0.1
 X = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
