@@ -29,7 +29,6 @@ figures: setup-dev  ## draw docs/images from the kept runs of demo-compare
 	@$(VENV)/bin/python scripts/figures.py $(ARGS)
 
 docs: setup  ## run the commands in the docs again and update their output
-	@$(VENV)/bin/python scripts/errors.py
 	@$(VENV)/bin/python scripts/transcripts.py $(ARGS)
 
 test: setup-dev  ## run all tests, the fast ones first; ARGS='-k layers'

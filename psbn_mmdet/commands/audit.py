@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if len(args.checkpoints) > 2:
-        parser.error(f'one or two checkpoints, got {len(args.checkpoints)}')
+        parser.error(f'got {len(args.checkpoints)} checkpoints: give one, or two to compare')
     try:
         if args.plot and is_among(args.plot, filter(None, (*args.checkpoints, args.config))):
             raise ValueError(f'{args.plot} is read and is not overwritten: name another file')
