@@ -1,4 +1,4 @@
-"""The command lines behind tools/: each module has a ``main`` that returns the exit code."""
+"""The command lines behind tools/: the ``main`` of each module returns the exit code."""
 
 from __future__ import annotations
 

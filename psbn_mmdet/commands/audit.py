@@ -20,14 +20,8 @@ from ..forecast import forecast_of_config
 from ..layers import find_norm_states
 from ..norm_switch import switch_config
 from ..preflight import load_config, one_line, psbn_of_config
-from ..report.audit_tables import (
-    Audit,
-    audit_to_csv,
-    audit_to_dict,
-    audit_to_text,
-    plot_audit,
-)
 from . import complain, say
+from .audit_tables import Audit, audit_to_csv, audit_to_dict, audit_to_text, plot_audit
 
 
 def percent(text: str) -> float:

@@ -1,4 +1,4 @@
-"""What people look at: the report of training runs, and in ``audit_tables`` that of checkpoints."""
+"""The report of training runs: an HTML page and its figures."""
 
 from .channels import draw_channels
 from .page import write_report

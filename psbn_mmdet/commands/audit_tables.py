@@ -22,10 +22,10 @@ from ..atomic import replacing
 from ..collapse import FOLDED, Census, LayerCensus, compare
 from ..forecast import Forecast
 from ..records import format_ranges
-from .channels import BLUE, draw_channels
-from .style import STYLE, printable, shorten
+from ..report.channels import BLUE, draw_channels
+from ..report.style import STYLE, printable, shorten
 
-KINDS = ('unstarted', 'vanished', 'dead', 'broken', 'collapsed')
+AUDIT_KINDS = ('unstarted', 'vanished', 'dead', 'broken', 'collapsed')
 WIDTH = 120  # characters of a table
 
 
@@ -60,7 +60,7 @@ class Audit:
         rows = []
         for layer in self.census.layers:
             none = np.zeros(layer.channels, bool)
-            known = {kind: getattr(layer, kind) for kind in KINDS}
+            known = {kind: getattr(layer, kind) for kind in AUDIT_KINDS}
             masks = {kind: none if mask is None else mask for kind, mask in known.items()}
             if self.before:
                 masks['new'], masks['revived'] = changes.get(layer.name, (none, none))
