@@ -21,7 +21,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from psbn_mmdet.report import read_run
-from psbn_mmdet.report.stages import COLUMNS, stage_rows
+from psbn_mmdet.report.stage_table import COLUMNS, stage_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/demo')

@@ -33,28 +33,30 @@ class Life:
 
 
 class CollapseEvents:
-    """Finds which channels changed between two reports.
+    """Finds the channels that became collapsed, or were revived, between two reports.
+
+    The first event of a channel is a collapse, the next one a revival, and so on. What was
+    collapsed before the first report is an event one interval earlier.
 
     Args:
         sizes (Sequence[int]): The layers' numbers of channels.
+        interval (int): Iterations between reports.
 
     Attributes:
-        start (np.ndarray): Channels collapsed before the first report, bool, shape (C,).
         collapsed (np.ndarray): Channels collapsed at the last report, bool, shape (C,).
         recovered (dict[int, list[int]]): Iterations at which RecoveryHook had opened a channel, by
             its index among all channels.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], interval: int) -> None:
         self._sizes = sizes
+        self._interval = interval
         self._offsets = np.concatenate(([0], np.cumsum(sizes)))
-        self.start = np.zeros(self._offsets[-1], bool)
-        self.collapsed = self.start.copy()
-        self.recovered: dict[int, list[int]] = {}
-        self._ranges: list[str] = []  # of collapsed channels at the last report
-        # Of each event the iteration, the channel, and whether the channel became collapsed.
-        self._iterations, self._channels, self._values = array('q'), array('q'), array('b')
+        self._ranges: list[str] = []  # of the channels collapsed at the last report
+        self._iterations, self._channels = array('q'), array('q')  # of each event
         self._openings = 0
+        self.collapsed = np.zeros(self._offsets[-1], bool)
+        self.recovered: dict[int, list[int]] = {}
 
     def add(self, report: dict[str, Any]) -> None:
         """Take the next report.
@@ -63,84 +65,66 @@ class CollapseEvents:
             ValueError: If there are too many events.
         """
         iteration, channels = report['iter'], report['channels']
-        if not self._ranges:
+        before: Sequence[str | None] = self._ranges
+        if not before:
+            before = [None] * len(self._sizes)
             collapsed, new, revived = (
                 np.concatenate(list(map(parse_ranges, channels[kind], self._sizes)))
                 for kind in ('collapsed', 'new', 'revived')
             )
-            self.start = (collapsed & ~new) | revived
-            self.collapsed = self.start.copy()
-        before: Sequence[str | None] = self._ranges or [None] * len(self._sizes)
+            self._change(max(0, iteration - self._interval), 0, (collapsed & ~new) | revived)
         self._ranges = channels['collapsed']
         for layer, ranges in enumerate(self._ranges):
             if ranges != before[layer]:
-                offset = self._offsets[layer]
                 mask = parse_ranges(ranges, self._sizes[layer])
-                state = self.collapsed[offset : offset + len(mask)]  # a view
-                changed = np.flatnonzero(mask != state)
-                self._iterations.extend([iteration] * len(changed))
-                self._channels.extend((changed + offset).tolist())
-                self._values.extend(mask[changed].tolist())
-                state[:] = mask
+                self._change(iteration, self._offsets[layer], mask)
         for layer, ranges in enumerate(channels.get(RECOVERED, ())):
-            for channel in np.flatnonzero(parse_ranges(ranges or '', self._sizes[layer])).tolist():
-                self.recovered.setdefault(int(self._offsets[layer]) + channel, []).append(iteration)
-                self._openings += 1
-        if len(self._values) + self._openings > MOST_EVENTS:
+            opened = np.flatnonzero(parse_ranges(ranges or '', self._sizes[layer]))
+            self._openings += len(opened)
+            for channel in (opened + self._offsets[layer]).tolist():
+                self.recovered.setdefault(channel, []).append(iteration)
+        if len(self._channels) + self._openings > MOST_EVENTS:
             raise ValueError(f'it has more than {MOST_EVENTS:,} changes of channels')
 
-    @property
-    def events(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of all events the iterations, the channels, and whether they became collapsed."""
-        iterations, channels = np.asarray(self._iterations), np.asarray(self._channels)
-        return iterations, channels, np.asarray(self._values, bool)
+    def _change(self, iteration: int, offset: int, mask: np.ndarray) -> None:
+        """Note which channels, from an offset on, are collapsed now."""
+        state = self.collapsed[offset : offset + len(mask)]  # a view
+        changed = np.flatnonzero(mask != state) + offset
+        self._iterations.extend([iteration] * len(changed))
+        self._channels.extend(changed.tolist())
+        state[:] = mask
 
-    def ever(self, value: bool) -> np.ndarray:
-        """Which channels ever became collapsed, or were revived; bool, shape (C,)."""
-        _, channels, values = self.events
-        mask = np.zeros(len(self.start), bool)
-        mask[channels[values == value]] = True
-        return mask
+    def counts(self, until: int | None = None) -> np.ndarray:
+        """Number of events of each channel up to an iteration, by default the last; (C,)."""
+        stop = None
+        if until is not None:
+            stop = np.searchsorted(np.asarray(self._iterations), until, side='right')
+        return np.bincount(np.asarray(self._channels)[:stop], minlength=len(self.collapsed))
 
-    def collapsed_at(self, iteration: int) -> np.ndarray:
-        """Channels collapsed at the last report up to an iteration; bool, shape (C,)."""
-        iterations, channels, values = self.events
-        state = self.start.copy()
-        until = np.searchsorted(iterations, iteration, side='right')
-        state[channels[:until]] = values[:until]  # of several values the last one stays
-        return state
-
-    def lives(self, limit: int, begin: int) -> list[Life]:
+    def lives(self, limit: int) -> list[Life]:
         """The lives of channels that ever collapsed, by the time of their first collapse.
 
         Args:
             limit (int): The most to return: if there are more, evenly chosen ones.
-            begin (int): From where on channels of the start are collapsed, in iterations.
         """
-        iterations, channels, values = self.events
-        ever = np.flatnonzero(self.start | self.ever(True))
-        first = np.full(len(self.start), np.iinfo(np.int64).max)
-        np.minimum.at(first, channels, iterations)  # a revival is after the collapse
-        first[self.start] = begin
-        ever = ever[np.argsort(first[ever], kind='stable')]
-        if len(ever) > limit:
-            ever = ever[np.linspace(0, len(ever) - 1, limit).round().astype(int)]
-        order = np.argsort(channels, kind='stable')
-        bounds = np.searchsorted(channels[order], [ever, ever + 1]).T
+        iterations, channels = np.asarray(self._iterations), np.asarray(self._channels)
+        times = iterations[np.argsort(channels, kind='stable')]  # by channel, then by iteration
+        ever, numbers = np.unique(channels, return_counts=True)
+        stops = np.cumsum(numbers)
+        chosen = np.argsort(times[stops - numbers], kind='stable')  # by the first
+        if len(chosen) > limit:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, limit).round().astype(int)]
         lives = []
-        for channel, (start, stop) in zip(ever, bounds):
-            mine = order[start:stop]
-            begins = iterations[mine][values[mine]].tolist()
-            ends: list[int | None] = iterations[mine][~values[mine]].tolist()
-            if self.start[channel]:
-                begins.insert(0, begin)
+        for index in chosen.tolist():
+            channel = int(ever[index])
+            mine = times[stops[index] - numbers[index] : stops[index]].tolist()
             layer = int(np.searchsorted(self._offsets, channel, side='right')) - 1
             lives.append(
                 Life(
                     layer=layer,
-                    channel=int(channel - self._offsets[layer]),
-                    spans=list(zip(begins, [*ends, None])),
-                    recovered=self.recovered.get(int(channel), []),
+                    channel=channel - int(self._offsets[layer]),
+                    spans=list(zip(mine[::2], [*mine[1::2], None])),
+                    recovered=self.recovered.get(channel, []),
                 )
             )
         return lives

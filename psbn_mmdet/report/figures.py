@@ -17,10 +17,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .channels import GREY, YELLOW, draw_channels
-from .runs import SCORES, Life, Run
-from .stages import COLUMNS, stage_rows
+from .downsampling import downsample
+from .events import Life
+from .runs import Run
+from .scores import SCORES
+from .stage_table import COLUMNS, stage_rows
 from .style import COLOURS, axis_from_zero, grid_shape, iterations_on, shorten, whole_numbers, wrap
-from .thinning import thin
 
 LIFE_LINES = 150  # of each run
 NAMED_LIVES = 40  # of one run: as many as have room for their names
@@ -42,8 +44,8 @@ def counts(runs: Sequence[Run]) -> Figure:
     for number, (run, colour) in enumerate(zip(runs, COLOURS)):
         width = 1.6 + (len(runs) - 1 - number)  # equal curves lie upon one another
         for ax, kind in zip(axes, panels):
-            ax.plot(*thin(run.iterations, run.counts[kind]), color=colour)
-        axes[-1].plot(*thin(run.iterations, run.learning_rate), color=colour, linewidth=width)
+            ax.plot(*downsample(run.iterations, run.counts[kind]), color=colour)
+        axes[-1].plot(*downsample(run.iterations, run.learning_rate), color=colour, linewidth=width)
     for ax, text in zip(axes, (*panels.values(), 'learning rate\n(no unit)')):
         ax.set_ylabel(text)
     axis_from_zero(axes[:-1])
@@ -53,7 +55,7 @@ def counts(runs: Sequence[Run]) -> Figure:
     figure.align_ylabels(axes)
     if len(runs) > 1:
         _legend(figure, _handles(runs))
-    collapsed = [run.final('collapsed') or 0 for run in runs]
+    collapsed = [run.last['total']['collapsed'] for run in runs]
     title = _each(runs, collapsed, f' of {_filters(runs)} filters collapsed at the end')
     return _titled(figure, title)
 
@@ -179,7 +181,7 @@ def life_lines(runs: Sequence[Run]) -> Figure | str:
     if not any(ever):
         return 'No channel was collapsed at any report: there are no life lines to draw.'
     rows, columns = grid_shape(len(runs))
-    lives = [run.lives(LIFE_LINES) for run in runs]
+    lives = [run.events.lives(LIFE_LINES) for run in runs]
     most = max(map(len, lives))
     named = len(runs) == 1 and most <= NAMED_LIVES
     height = min(7.5, max(2.6, (0.14 if named else 0.055) * most))

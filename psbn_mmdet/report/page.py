@@ -17,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from ..atomic import replacing
+from ..atomic import is_among, replacing
 from ..records import format_ranges
 from .figures import FIGURES
-from .runs import Run, is_input, read_run
-from .stages import COLUMNS, stage_rows
+from .runs import Run, input_files, read_run
+from .stage_table import COLUMNS, stage_rows
 from .style import COLOURS, STYLE, printable
 
 DPI = 150
@@ -98,7 +98,7 @@ def _check_request(work_dirs: Mapping[str, str | os.PathLike], out: Path) -> Non
         raise ValueError("a label is empty, '': give each run a name")
     if out.is_dir():
         raise ValueError(f'{out} is a folder: name a file, such as {out / "report.html"}')
-    if any(is_input(out, path) for path in work_dirs.values()):
+    if any(is_among(out, input_files(path)) for path in work_dirs.values()):
         raise ValueError(f'{out} is of the run itself and is not overwritten: name another file')
 
 

@@ -38,7 +38,7 @@ def test_the_kept_runs_show_collapse_in_bn_and_hardly_any_in_psbn():
     bn, psbn = (read_run(ROOT / compare.RESULTS / norm, norm) for norm in compare.NORMS)
     assert [layer['norm'] for layer in bn.header['layers']] == ['BN'] * len(bn.names)
     assert [layer['norm'] for layer in psbn.header['layers']] == ['psBN'] * len(psbn.names)
-    assert bn.final('trapped') > 10 * max(1, psbn.final('trapped'))
+    assert bn.last['total']['trapped'] > 10 * max(1, psbn.last['total']['trapped'])
     assert bn.snapshots and bn.scores and psbn.snapshots and psbn.scores
 
 

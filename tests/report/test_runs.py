@@ -29,7 +29,7 @@ def test_series_masks_and_shares_are_the_records(tmp_path, write_run):
 def test_life_lines_tell_when_a_channel_was_collapsed(tmp_path, write_run):
     states = [[5, 70], [70], [5, 1], [1], []]
     run = read_run(write_run(tmp_path, states, start=[5, 9]), 'BN')
-    lives = {(life.layer, life.channel): life.spans for life in run.lives(10)}
+    lives = {(life.layer, life.channel): life.spans for life in run.events.lives(10)}
     assert lives == {
         (0, 5): [(0, 100), (150, 200)],
         (0, 9): [(0, 50)],
@@ -47,7 +47,7 @@ def test_life_lines_tell_when_the_recovery_hook_opened_a_channel(tmp_path, write
         report['channels']['recovered'] = [*opened, None][:3]
     path.write_text(''.join(json.dumps(line) + '\n' for line in (header, *reports)))
     run = read_run(work_dir, 'psBN')
-    lives = {(life.layer, life.channel): life.recovered for life in run.lives(10)}
+    lives = {(life.layer, life.channel): life.recovered for life in run.events.lives(10)}
     assert lives == {(0, 5): [100, 200], (1, 6): [150]} and run.ever_recovered == 3
     figure = FIGURES['life_lines'].draw([run])
     assert 'opened by RecoveryHook' in [t.get_text() for t in figure.legends[0].get_texts()]
@@ -57,13 +57,13 @@ def test_life_lines_tell_when_the_recovery_hook_opened_a_channel(tmp_path, write
 
 def test_a_lasting_collapse_has_no_end(tmp_path, write_run):
     run = read_run(write_run(tmp_path, [[], [3]]), 'BN')
-    assert [life.spans for life in run.lives(10)] == [[(100, None)]]
+    assert [life.spans for life in run.events.lives(10)] == [[(100, None)]]
 
 
 def test_too_many_lives_are_chosen_evenly_from_first_to_last(tmp_path, write_run):
     states = [range(n) for n in range(1, 65)]
     run = read_run(write_run(tmp_path, states), 'BN')
-    chosen = [life.channel for life in run.lives(8)]
+    chosen = [life.channel for life in run.events.lives(8)]
     assert chosen == [0, 9, 18, 27, 36, 45, 54, 63]
 
 
@@ -71,7 +71,7 @@ def test_life_lines_agree_with_the_masks_of_every_report(tmp_path, write_run):
     rng = np.random.default_rng(0)
     states = [np.flatnonzero(rng.random(160) < 0.1) for _ in range(30)]
     work_dir = write_run(tmp_path, states, start=[0, 8, 100])
-    lives = read_run(work_dir, 'BN').lives(1000)
+    lives = read_run(work_dir, 'BN').events.lives(1000)
     offsets = [0, 64, 128]
     for index, state in enumerate(states):
         iteration = 50 * (index + 1)
@@ -90,7 +90,7 @@ def test_a_deleted_line_loses_nothing_but_itself(tmp_path, write_run):
     del lines[2]
     path.write_text(''.join(lines))
     run = read_run(work_dir, 'BN')
-    assert {life.channel: life.spans for life in run.lives(9)} == {
+    assert {life.channel: life.spans for life in run.events.lives(9)} == {
         1: [(150, 200)],
         2: [(150, None)],
     }

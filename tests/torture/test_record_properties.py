@@ -25,7 +25,7 @@ from psbn_mmdet.records import (
 )
 from psbn_mmdet.report import read_run
 from psbn_mmdet.report.figures import FIGURES
-from psbn_mmdet.report.stages import stage_rows
+from psbn_mmdet.report.stage_table import stage_rows
 
 LAYERS = [('backbone.bn1', 5), ('neck.bn', 3)]
 HEADER = dict(

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from psbn_mmdet.commands import report as tool
 from psbn_mmdet.records import COUNTS, RecordWriter
 from psbn_mmdet.report import draw_channels, page, write_report
+from psbn_mmdet.report.downsampling import HeatMapColumns, downsample
 from psbn_mmdet.report.style import COLOURS, printable, shorten, wrap
-from psbn_mmdet.report.thinning import Columns, thin
 
 REPLACED = '\N{REPLACEMENT CHARACTER}'
 HOSTILE = [
@@ -252,7 +252,7 @@ def test_channels_of_any_value_are_drawn(points, k):
 )
 def test_columns_keep_the_highest_count_and_the_end(counts, limit):
     count()
-    columns = Columns(2, limit)
+    columns = HeatMapColumns(2, limit)
     for index, pair in enumerate(counts, start=1):
         columns.add(index, pair)
         assert len(columns.ends) <= 2 * limit
@@ -266,7 +266,7 @@ def test_columns_keep_the_highest_count_and_the_end(counts, limit):
 def test_thinning_keeps_the_extremes_in_their_order(values):
     count()
     y = np.array(values, float)
-    x, kept = thin(np.arange(len(y)), y, 40)
+    x, kept = downsample(np.arange(len(y)), y, 40)
     assert len(kept) <= max(40, 0) and (np.diff(x) > 0).all()
     np.testing.assert_array_equal(kept, y[x.astype(int)])
     if not np.isnan(y).all():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def thin(x: np.ndarray, y: np.ndarray, limit: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+def downsample(x: np.ndarray, y: np.ndarray, limit: int = 2000) -> tuple[np.ndarray, np.ndarray]:
     """Thin a curve for drawing.
 
     Of each of ``limit / 4`` stretches of the curve the first, last, lowest and highest point are
@@ -32,7 +32,7 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = 2000) -> tuple[np.ndarray, n
     return x[kept], y[kept]
 
 
-class Columns:
+class HeatMapColumns:
     """Rows of counts that arrive one by one, as a bounded number of columns.
 
     Neighbours are merged, two and two, whenever there are twice as many as wanted; the larger

@@ -1,7 +1,7 @@
 """The table by stage."""
 
 from psbn_mmdet.report import read_run
-from psbn_mmdet.report.stages import COLUMNS, stage_rows
+from psbn_mmdet.report.stage_table import COLUMNS, stage_rows
 
 
 def test_counts_of_the_last_report_and_of_the_whole_run_add_up(tmp_path, write_run):

@@ -7,16 +7,8 @@ import numpy as np
 from ..records import KINDS
 from .runs import Run
 
-COLUMNS = (
-    'stage',
-    'filters',
-    'unstarted',
-    *KINDS,
-    'collapsed',
-    'share',
-    'ever collapsed',
-    'ever revived',
-)
+_COUNTED = ('unstarted', *KINDS, 'collapsed')
+COLUMNS = ('stage', 'filters', *_COUNTED, 'share', 'ever collapsed', 'ever revived')
 
 
 def stage_rows(run: Run) -> list[list[str]]:
@@ -28,23 +20,19 @@ def stage_rows(run: Run) -> list[list[str]]:
     Returns:
         list[list[str]]: Cells in the order of ``COLUMNS``. '-' stands for what is not known.
     """
-    offsets = np.concatenate(([0], np.cumsum(run.sizes)))
+    bounds = np.cumsum(run.sizes)[:-1]
+    ever = [np.split(mask, bounds) for mask in (run.ever_collapsed, run.ever_revived)]
     rows = []
     for stage, layers in {**run.stages, 'all': list(range(len(run.names)))}.items():
         filters = int(run.sizes[layers].sum())
-        counts = {kind: _sum(run, kind, layers) for kind in ('unstarted', *KINDS, 'collapsed')}
-        ever = [
-            sum(int(mask[offsets[layer] : offsets[layer + 1]].sum()) for layer in layers)
-            for mask in (run.ever_collapsed, run.ever_revived)
-        ]
-        cells = [filters, *counts.values(), (counts['collapsed'] or 0) / max(1, filters), *ever]
-        rows.append([stage, *map(_cell, cells)])
+        counts = [_sum([run.last['layers'][kind][layer] for layer in layers]) for kind in _COUNTED]
+        share = (counts[-1] or 0) / max(1, filters)
+        evers = [sum(int(masks[layer].sum()) for layer in layers) for masks in ever]
+        rows.append([stage, *map(_cell, [filters, *counts, share, *evers])])
     return rows
 
 
-def _sum(run: Run, kind: str, layers: list[int]) -> int | None:
-    """The last report's count, of the layers where it is known."""
-    counts = [run.last['layers'][kind][layer] for layer in layers]
+def _sum(counts: list[int | None]) -> int | None:
     known = [count for count in counts if count is not None]
     return sum(known) if known else None
 
