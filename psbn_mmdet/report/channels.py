@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.patches import Polygon
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Polygon
+
+from .labels import DOTS, add_legend, each_run, panel_label, run_handles, shared_setting, titled
+from .runs import Run
+from .style import COLOURS, WIDTH
 
 GREY = '#8C8C8C'
 BLUE, YELLOW = '#0072B2', '#F0E442'  # of Okabe and Ito's palette
@@ -83,3 +91,51 @@ def draw_channels(
     )
     ax.set_xlabel('gamma (no unit)')
     ax.set_ylabel('bias b (no unit)')
+
+
+def channels(runs: Sequence[Run]) -> Figure | str:
+    """Draw gamma against the bias of all channels at the start, the middle and the end."""
+    if not any(run.snapshots for run in runs):
+        return 'No snapshots of gamma and bias are beside the record.'
+    columns = max(len(run.snapshots) for run in runs)
+    figure = Figure(figsize=(WIDTH, 1.1 + 3.1 * len(runs)), layout='constrained')
+    axes = figure.subplots(len(runs), columns, sharex='col', sharey='col', squeeze=False)
+    inside = []
+    for number, (row, run, colour) in enumerate(zip(axes, runs, COLOURS)):
+        k = run.header['k']
+        for index, (ax, snapshot) in enumerate(zip(row, run.snapshots)):
+            draw_channels(ax, snapshot.gamma, snapshot.bias, snapshot.collapsed, k, colour=colour)
+            # Always in sight: the origin, where weight decay leads to, and the region's tip.
+            deep = np.abs(snapshot.bias[np.isfinite(snapshot.bias)]).max(initial=0)
+            ax.update_datalim([(0, 0), (0, -deep / 4)])
+            ax.autoscale_view()
+            if np.ptp(snapshot.gamma) == np.ptp(snapshot.bias) == 0:
+                place = snapshot.gamma[0], snapshot.bias[0]
+                ax.annotate('all filters', place, (-6, 0), textcoords='offset points', ha='right')
+            when = 'start' if index == 0 else 'end' if index == len(run.snapshots) - 1 else 'middle'
+            ax.set_title(
+                f'{panel_label(runs, run)}{when}, iteration {snapshot.iteration:,}\n'
+                f'{snapshot.collapsed.sum():,} of {len(snapshot.collapsed):,} collapsed'
+            )
+            if index:
+                ax.set_ylabel('')
+            if number < len(runs) - 1:
+                ax.set_xlabel('')
+        for ax in row[max(1, len(run.snapshots)) :]:
+            ax.remove()
+        if not run.snapshots:
+            row[0].set_title(f'{panel_label(runs, run)}no snapshots')
+            inside.append('unknown')
+            continue
+        end = run.snapshots[-1]
+        within = end.bias <= -k * np.abs(end.gamma)
+        inside.append(f'{(within & end.collapsed).sum():,} of {end.collapsed.sum():,}')
+    region = f'non-trainable: b <= -{shared_setting(runs, "k")} |gamma|'
+    handles = [
+        Line2D([], [], color=GREY, markersize=3, label='not collapsed', **DOTS),
+        Patch(color=YELLOW, alpha=0.35, label=region),
+        *run_handles(runs, 'collapsed', **DOTS),
+    ]
+    add_legend(figure, handles)
+    what = ' collapsed filters end in the non-trainable region'
+    return titled(figure, each_run(runs, inside, what))

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .channels import GREY, YELLOW, draw_channels
+from .channels import channels
 from .downsampling import downsample
-from .events import Life
+from .labels import add_legend, each_run, run_handles, shared_setting, titled
+from .life_lines import life_lines
 from .runs import Run
 from .scores import SCORES
 from .stage_table import COLUMNS, stage_rows
-from .style import COLOURS, axis_from_zero, grid_shape, iterations_on, shorten, whole_numbers, wrap
+from .style import COLOURS, WIDTH, axis_from_zero, grid_shape, iterations_on, shorten
 
-LIFE_LINES = 150  # of each run
-NAMED_LIVES = 40  # of one run: as many as have room for their names
 LAYER_NAMES = 60  # beside a heat map
-WIDTH = 9.0  # inches
-DOTS: Any = dict(linestyle='', marker='o')
-RECOVERED: Any = dict(marker='x', color='#009E73')  # Okabe and Ito's green
 
 
 def counts(runs: Sequence[Run]) -> Figure:
@@ -37,7 +28,7 @@ def counts(runs: Sequence[Run]) -> Figure:
     panels = {
         'collapsed': 'collapsed filters\n(any of the kinds)',
         'trapped': 'trapped filters\n(no gradient)',
-        'vanished': f'vanished filters\n(|gamma| <= {_same(runs, "tau")})',
+        'vanished': f'vanished filters\n(|gamma| <= {shared_setting(runs, "tau")})',
     }
     figure = Figure(figsize=(WIDTH, 7.5), layout='constrained')
     axes = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2, 2, 1.3])
@@ -54,10 +45,11 @@ def counts(runs: Sequence[Run]) -> Figure:
     axes[-1].set_xlim(0, 1.01 * max(int(run.iterations[-1]) for run in runs))
     figure.align_ylabels(axes)
     if len(runs) > 1:
-        _legend(figure, _handles(runs))
+        add_legend(figure, run_handles(runs))
     collapsed = [run.last['total']['collapsed'] for run in runs]
-    title = _each(runs, collapsed, f' of {_filters(runs)} filters collapsed at the end')
-    return _titled(figure, title)
+    filters = ' or '.join(dict.fromkeys(f'{run.sizes.sum():,}' for run in runs))
+    title = each_run(runs, collapsed, f' of {filters} filters collapsed at the end')
+    return titled(figure, title)
 
 
 def heat_map(runs: Sequence[Run]) -> Figure:
@@ -92,13 +84,13 @@ def heat_map(runs: Sequence[Run]) -> Figure:
         ax.remove()
     panels = list(axes.flat[: len(runs)])
     bar = figure.colorbar(mesh, ax=panels, format=PercentFormatter(1))
-    bar.set_label('channels collapsed\n(%, square-root scale)')
+    bar.set_label('filters collapsed\n(%, square-root scale)')
     bar.outline.set_visible(False)
     worst = []
     for run, (_, share) in zip(runs, shares):
         layer = int(share[:, -1].argmax())
         worst.append(f'{shorten(run.names[layer])} ({share[layer, -1]:.1%})')
-    return _titled(figure, f'Most collapsed layer at the end: {_each(runs, worst)}')
+    return titled(figure, f'Most collapsed layer at the end: {each_run(runs, worst)}')
 
 
 def _name_layers(ax: Axes, run: Run, named: bool) -> None:
@@ -127,151 +119,6 @@ def _name_layers(ax: Axes, run: Run, named: bool) -> None:
     ax.tick_params(axis='y', which='major', pad=8 + 3.9 * max(map(len, labels.values())))
 
 
-def channels(runs: Sequence[Run]) -> Figure | str:
-    """Gamma against the bias of all channels, at the start, the middle and the end."""
-    if not any(run.snapshots for run in runs):
-        return 'No snapshots of gamma and bias are beside the record.'
-    columns = max(len(run.snapshots) for run in runs)
-    figure = Figure(figsize=(WIDTH, 1.1 + 3.1 * len(runs)), layout='constrained')
-    axes = figure.subplots(len(runs), columns, sharex='col', sharey='col', squeeze=False)
-    inside = []
-    for number, (row, run, colour) in enumerate(zip(axes, runs, COLOURS)):
-        k = run.header['k']
-        for index, (ax, snapshot) in enumerate(zip(row, run.snapshots)):
-            draw_channels(ax, snapshot.gamma, snapshot.bias, snapshot.collapsed, k, colour=colour)
-            # Always in sight: the origin, where weight decay leads to, and the region's tip.
-            deep = np.abs(snapshot.bias[np.isfinite(snapshot.bias)]).max(initial=0)
-            ax.update_datalim([(0, 0), (0, -deep / 4)])
-            ax.autoscale_view()
-            if np.ptp(snapshot.gamma) == np.ptp(snapshot.bias) == 0:
-                place = snapshot.gamma[0], snapshot.bias[0]
-                ax.annotate('all channels', place, (-6, 0), textcoords='offset points', ha='right')
-            when = 'start' if index == 0 else 'end' if index == len(run.snapshots) - 1 else 'middle'
-            ax.set_title(
-                f'{_named(runs, run)}{when}, iteration {snapshot.iteration:,}\n'
-                f'{snapshot.collapsed.sum():,} of {len(snapshot.collapsed):,} collapsed'
-            )
-            if index:
-                ax.set_ylabel('')
-            if number < len(runs) - 1:
-                ax.set_xlabel('')
-        for ax in row[max(1, len(run.snapshots)) :]:
-            ax.remove()
-        if not run.snapshots:
-            row[0].set_title(f'{_named(runs, run)}no snapshots')
-            inside.append('unknown')
-            continue
-        end = run.snapshots[-1]
-        within = end.bias <= -k * np.abs(end.gamma)
-        inside.append(f'{(within & end.collapsed).sum():,} of {end.collapsed.sum():,}')
-    region = f'non-trainable: b <= -{_same(runs, "k")} |gamma|'
-    handles = [
-        Line2D([], [], color=GREY, markersize=3, label='not collapsed', **DOTS),
-        Patch(color=YELLOW, alpha=0.35, label=region),
-        *_handles(runs, 'collapsed', **DOTS),
-    ]
-    _legend(figure, handles)
-    what = ' collapsed channels end in the non-trainable region'
-    return _titled(figure, _each(runs, inside, what))
-
-
-def life_lines(runs: Sequence[Run]) -> Figure | str:
-    """For channels that ever collapsed, when they did and when they were revived."""
-    ever = [int(run.ever_collapsed.sum()) for run in runs]
-    if not any(ever):
-        return 'No channel was collapsed at any report: there are no life lines to draw.'
-    rows, columns = grid_shape(len(runs))
-    lives = [run.events.lives(LIFE_LINES) for run in runs]
-    most = max(map(len, lives))
-    named = len(runs) == 1 and most <= NAMED_LIVES
-    height = min(7.5, max(2.6, (0.14 if named else 0.055) * most))
-    figure = Figure(figsize=(WIDTH, 1.2 + height * rows), layout='constrained')
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for number, (ax, run, mine) in enumerate(zip(axes.flat, runs, lives)):
-        colour = COLOURS[number]
-        last = float(run.iterations[-1])
-        pixel, border = last / 1000, 1.02 * last  # what is still collapsed runs to the border
-        lines = [
-            [(begin, y), (end, y)]
-            for y, life in enumerate(mine, start=1)
-            for begin, end in _joined(life.spans, pixel, border)
-        ]
-        width = float(np.clip(0.6 * 72 * height / (most + 1), 0.6, 3))
-        revivals = [(x, y) for y, life in enumerate(mine, 1) for x in _apart(_ends(life), pixel)]
-        dense = len(revivals) > 2000  # too many for circles, and for an SVG
-        ax.add_collection(LineCollection(lines, colors=colour, linewidths=width, rasterized=dense))
-        if revivals:
-            ax.scatter(
-                *zip(*revivals),
-                s=width**2 if dense else (1.8 * width + 1) ** 2,
-                marker='|' if dense else 'o',
-                facecolor='black' if dense else 'white',
-                edgecolor=None if dense else 'black',
-                linewidth=0.4 if dense else 0.7,
-                rasterized=dense,
-                zorder=3,
-            )
-        opened = [(x, y) for y, life in enumerate(mine, 1) for x in _apart(life.recovered, pixel)]
-        if opened:
-            ax.scatter(*zip(*opened), **RECOVERED, s=(1.8 * width + 1) ** 2, zorder=4)
-        ax.set_xlim(0, border)
-        ax.set_ylim(most + 1, 0)
-        ax.yaxis.set_major_locator(whole_numbers())
-        few = len(mine) < ever[number]
-        shown = f'{len(mine)} of {ever[number]:,} shown' if few else f'all {len(mine)} shown'
-        ax.set_title(f'{_named(runs, run)}{shown}')
-        iterations_on(ax)
-        if named:
-            names = [f'{shorten(run.names[life.layer], 30)}: {life.channel}' for life in mine]
-            ax.set_yticks(range(1, len(mine) + 1), names, fontsize=7)
-            ax.set_ylabel('channels, by first collapse')
-        else:
-            ax.set_ylabel('channels, by first collapse (rank)')
-        ax.label_outer()
-    for ax in axes.flat[len(runs) :]:
-        ax.remove()
-    handles = [
-        Line2D([], [], color='#555555', linewidth=2.5, label='collapsed'),
-        Line2D([], [], color='black', markerfacecolor='white', label='revived', **DOTS),
-    ]
-    if any(run.ever_recovered for run in runs):
-        label = 'opened by RecoveryHook'
-        handles.append(Line2D([], [], linestyle='', label=label, markersize=5, **RECOVERED))
-    _legend(figure, handles)
-    numbers = [
-        f'{int((run.ever_revived & ~run.collapsed).sum()):,} of {count:,}'
-        for run, count in zip(runs, ever)
-    ]
-    return _titled(figure, _each(runs, numbers, ' channels that collapsed are alive at the end'))
-
-
-def _joined(
-    spans: list[tuple[int, int | None]], pixel: float, border: float
-) -> list[tuple[float, float]]:
-    """Spans with gaps joined that no screen shows, and one that lasts drawn to the border."""
-    joined: list[tuple[float, float]] = []
-    for begin, last in spans:
-        end = border if last is None else last
-        if joined and begin - joined[-1][1] < pixel:
-            joined[-1] = joined[-1][0], end
-        else:
-            joined.append((begin, end))
-    return joined
-
-
-def _ends(life: Life) -> list[int]:
-    return [end for _, end in life.spans if end is not None]
-
-
-def _apart(times: Sequence[int], pixel: float) -> list[int]:
-    """Times, without those that a screen would draw over the one before."""
-    kept: list[int] = []
-    for time in times:
-        if not kept or time - kept[-1] >= pixel:
-            kept.append(time)
-    return kept
-
-
 def scores(runs: Sequence[Run]) -> Figure | str:
     """AP and AP50 over epochs."""
     names = [name for name in SCORES if any(name in run.scores for run in runs)]
@@ -290,12 +137,12 @@ def scores(runs: Sequence[Run]) -> Figure | str:
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
-        _legend(figure, _handles(runs))
+        add_legend(figure, run_handles(runs))
     last = [
         f'{run.scores[names[0]][1][-1]:.3f}' if names[0] in run.scores else 'unknown'
         for run in runs
     ]
-    return _titled(figure, f'{names[0]} at the last validation: {_each(runs, last)}')
+    return titled(figure, f'{names[0]} at the last validation: {each_run(runs, last)}')
 
 
 def stages(runs: Sequence[Run]) -> Figure:
@@ -329,15 +176,14 @@ def stages(runs: Sequence[Run]) -> Figure:
         }
         stage = max(parts, key=parts.__getitem__)
         worst.append(f'{shorten(stage)} ({parts[stage]:,})')
-    return _titled(figure, f'Most collapsed filters at the end: {_each(runs, worst)}')
+    return titled(figure, f'Most collapsed filters at the end: {each_run(runs, worst)}')
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A figure's place in the report.
+class Entry(NamedTuple):
+    """A figure of the report.
 
     Attributes:
-        draw (Callable): From runs to the figure, or to the sentence that stands in its place.
+        draw (Callable): From runs to the figure, or to a sentence that says why there is none.
         heading (str): What it is about.
         text (str): How to read it.
     """
@@ -365,17 +211,17 @@ FIGURES = {  # by the names of their files, in the order of the page
     'channels': Entry(
         channels,
         'In the plane of gamma and bias',
-        'One point per channel, in colour if it was collapsed at the last report; b is the bias. '
+        'One point per filter, in colour if it was collapsed at the last report; b is the bias. '
         'In the shaded region a rectifier right behind the layer passes next to nothing, so that '
         'no gradient comes back; where something else stands between, such as a residual '
-        'addition, a channel may train there. Without a gradient weight decay alone moves it. BN '
+        'addition, a filter may train there. Without a gradient weight decay alone moves it. BN '
         'stays in the region all the way to the origin; psBN leaves it, since its bias decays '
         'towards the shift.',
     ),
     'life_lines': Entry(
         life_lines,
         'Life lines',
-        'One line per channel, drawn while it was collapsed; a circle marks the report that found '
+        'One line per filter, drawn while it was collapsed; a circle marks the report that found '
         'it revived (a black tick, where there are too many for circles), a green cross that '
         'RecoveryHook had opened it.',
     ),
@@ -385,59 +231,8 @@ FIGURES = {  # by the names of their files, in the order of the page
     'stages': Entry(
         stages,
         'By stage',
-        'At the last report; "ever" counts channels over the whole run. Unstarted filters are as '
+        'At the last report; "ever" counts filters over the whole run. Unstarted filters are as '
         'their initialisation left them, such as those that begin at gamma = 0: they have not '
         'begun, and lost nothing. A dash: not observed, or no rectifier is known to follow.',
     ),
 }
-
-
-def _titled(figure: Figure, title: str) -> Figure:
-    figure.suptitle(wrap(title, figure.get_figwidth()))
-    return figure
-
-
-def _handles(runs: Sequence[Run], what: str = '', **marker: Any) -> list[Line2D]:
-    """For a legend: each run's colour."""
-    labels = [
-        ', '.join(filter(None, (what, shorten(run.label, 40) if len(runs) > 1 else '')))
-        for run in runs
-    ]
-    return [
-        Line2D([], [], color=colour, linewidth=2.5, label=label, **marker)
-        for label, colour in zip(labels, COLOURS)
-    ]
-
-
-def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """Draw a legend below the panels, in as many columns as the longest label leaves room for."""
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = int(9 * figure.get_figwidth()) // (longest + 6)
-    figure.legend(
-        handles=handles, loc='outside lower center', ncols=min(len(handles), max(1, columns))
-    )
-
-
-def _named(runs: Sequence[Run], run: Run) -> str:
-    """The first line of a panel's title: the run's label if there are several."""
-    return f'{shorten(run.label, 24)}\n' if len(runs) > 1 else ''
-
-
-def _each(runs: Sequence[Run], values: Sequence[object], what: str = '') -> str:
-    """What was found in each run, such as '43 trapped with BN, 1 with psBN'."""
-    texts = [f'{value:,}' if isinstance(value, int) else f'{value}' for value in values]
-    texts[0] += what
-    if len(runs) == 1:
-        return texts[0]
-    return ', '.join(f'{text} with {shorten(run.label, 24)}' for run, text in zip(runs, texts))
-
-
-def _filters(runs: Sequence[Run]) -> str:
-    """The number of filters of the runs' networks."""
-    sizes = dict.fromkeys(f'{sum(run.sizes):,}' for run in runs)
-    return ' or '.join(sizes)
-
-
-def _same(runs: Sequence[Run], name: str) -> str:
-    """A threshold of all runs."""
-    return ' or '.join(dict.fromkeys(f'{run.header[name]:g}' for run in runs))

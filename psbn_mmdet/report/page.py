@@ -18,13 +18,19 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from ..atomic import is_among, replacing
-from ..records import format_ranges
 from .figures import FIGURES
 from .runs import Run, input_files, read_run
 from .stage_table import COLUMNS, stage_rows
 from .style import COLOURS, STYLE, printable
 
 DPI = 150
+TEMPLATES = Environment(
+    loader=PackageLoader('psbn_mmdet.report'),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def write_report(
@@ -66,17 +72,13 @@ def write_report(
     figures, files = _draw(runs, progress)
 
     folder = out.with_name(f'{out.stem}_figures')
-    page = (
-        _environment()
-        .get_template('report.html.j2')
-        .render(
-            runs=[_facts(run, colour) for run, colour in zip(runs, COLOURS)],
-            figures=figures,
-            folder=printable(folder.name),
-            columns=COLUMNS,
-        )
+    page = TEMPLATES.get_template('report.html.j2').render(
+        runs=[_facts(run, colour) for run, colour in zip(runs, COLOURS)],
+        figures=figures,
+        folder=printable(folder.name),
+        columns=COLUMNS,
     )
-    with ExitStack() as stack:  # all of them take their places once all are written
+    with ExitStack() as stack:  # no file is replaced before all are written
         for path, content in ((out, page.encode()), *((folder / n, c) for n, c in files.items())):
             stack.enter_context(replacing(path)).write_bytes(content)
     for name in FIGURES:
@@ -107,21 +109,21 @@ def _draw(
 ) -> tuple[list[dict[str, str]], dict[str, bytes]]:
     """What the page shows of each figure, and the figures' files by name."""
     shown, files = [], {}
-    for number, (name, place) in enumerate(FIGURES.items()):
+    for number, (name, entry) in enumerate(FIGURES.items()):
         progress('drawing', number / len(FIGURES))
-        entry = {'name': name, 'heading': place.heading, 'text': place.text}
+        section = {'name': name, 'heading': entry.heading, 'text': entry.text}
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             # A letter that the font lacks is drawn as a box; the page has the name in full.
             warnings.filterwarnings('ignore', r'Glyph .* missing from font')
-            figure = place.draw(runs)
+            figure = entry.draw(runs)
             if isinstance(figure, Figure):
                 for ending, content in _render(figure).items():
                     files[f'{name}.{ending}'] = content
-                entry['title'] = figure.get_suptitle().replace('\n', ' ')
-                entry['svg'] = base64.b64encode(files[f'{name}.svg']).decode()
+                section['title'] = figure.get_suptitle().replace('\n', ' ')
+                section['svg'] = base64.b64encode(files[f'{name}.svg']).decode()
             else:
-                entry['missing'] = figure
-        shown.append(entry)
+                section['missing'] = figure
+        shown.append(section)
     progress('drawing', 1)
     return shown, files
 
@@ -141,14 +143,8 @@ def _render(figure: Figure) -> dict[str, bytes]:
 
 def _facts(run: Run, colour: str) -> dict[str, Any]:
     """What the page says of a run in words and tables."""
-    layers = run.header['layers']
-    collapsed = []
-    start = 0
-    for layer in layers:
-        mask = run.collapsed[start : start + layer['channels']]
-        start += layer['channels']
-        if mask.any():
-            collapsed.append((printable(layer['name']), int(mask.sum()), format_ranges(mask)))
+    layers, last = run.header['layers'], run.last
+    by_layer = zip(layers, last['layers']['collapsed'], last['channels']['collapsed'])
     return {
         'label': run.label,
         'colour': colour,
@@ -160,15 +156,5 @@ def _facts(run: Run, colour: str) -> dict[str, Any]:
         'reports': len(run.iterations),
         'header': run.header,
         'stages': [[printable(cell) for cell in row] for row in stage_rows(run)],
-        'collapsed': collapsed,
+        'collapsed': [(printable(layer['name']), n, ranges) for layer, n, ranges in by_layer if n],
     }
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader('psbn_mmdet.report'),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

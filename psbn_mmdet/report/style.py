@@ -13,6 +13,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 # colour-blind readers too. One for each run.
 COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
+WIDTH = 9.0  # of a figure, in inches
+
 # Settings of matplotlib while figures are built and written. Labels and layers' names are no
 # formulas, whatever dollar signs they have.
 STYLE: Any = {

@@ -58,8 +58,8 @@ def texts(figure) -> list:
     [
         ('counts', '3 of 160 filters collapsed at the end with BN, 0 with psBN'),
         ('heat_map', 'Most collapsed layer at the end: backbone.layer1.0.bn1 (3.1%) with BN'),
-        ('channels', 'collapsed channels end in the non-trainable region with BN, 0 of 0 with'),
-        ('life_lines', '0 of 3 channels that collapsed are alive at the end with BN, 2 of 2 with'),
+        ('channels', 'collapsed filters end in the non-trainable region with BN, 0 of 0 with'),
+        ('life_lines', '0 of 3 filters that collapsed are alive at the end with BN, 2 of 2 with'),
         ('scores', 'AP at the last validation: 0.200 with BN, 0.345 with psBN'),
         ('stages', 'Most collapsed filters at the end: backbone.layer1 (2) with BN'),
     ],
@@ -136,7 +136,7 @@ def test_many_life_lines_are_capped_and_say_so(tmp_path, write_run):
 
 def test_what_there_is_nothing_of_is_said_in_a_sentence(tmp_path, write_run):
     run = read_run(write_run(tmp_path, [[], []], snapshots=()), 'BN')
-    for name, reason in (('channels', 'No snapshots'), ('life_lines', 'No channel was collapsed')):
+    for name, reason in (('channels', 'No snapshots'), ('life_lines', 'No filter was collapsed')):
         assert FIGURES[name].draw([run]).startswith(reason)
     assert FIGURES['scores'].draw([run]).startswith('No AP')
     draw('heat_map', [run])
