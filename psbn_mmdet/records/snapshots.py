@@ -7,7 +7,6 @@ header.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -31,15 +30,15 @@ def claim_folder(log_folder: str | os.PathLike) -> Path:
     Returns:
         Path: That folder, or one beside it with ``_2``, ``_3``, ... at the end of its name.
     """
-    path = Path(log_folder)
-    for folder in itertools.chain([path], (Path(f'{path}_{n}') for n in itertools.count(2))):
+    folder, number = Path(log_folder), 1
+    while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             (folder / FOLDER).mkdir()
+            return folder
         except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
+            number += 1
+            folder = Path(f'{log_folder}_{number}')
 
 
 def write_snapshot(

@@ -56,14 +56,6 @@ def test_the_region_does_not_scale_the_axes():
     assert -0.2 < ax.get_ylim()[0] < ax.get_ylim()[1] < 0.2
 
 
-@pytest.mark.parametrize(
-    ('gamma', 'bias'), [([], []), ([np.nan], [0.0]), ([1.0, np.inf], [0.0, -np.inf])]
-)
-def test_no_channel_or_no_number_is_no_error(gamma, bias):
-    ax, _ = draw(gamma, bias, [True] * len(gamma))
-    assert len(ax.collections[1].get_offsets()) == np.isfinite(gamma).sum()
-
-
 def test_arrays_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r'got \(2,\), \(1,\) and \(2,\)'):
         draw([1.0, 1.0], [0.0], [False, False])

@@ -196,13 +196,6 @@ def test_a_failed_report_leaves_the_old_page(tmp_path, write_run):
     assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
-def test_more_runs_than_colours_and_empty_labels_are_refused(tmp_path):
-    with pytest.raises(ValueError, match='8 runs cannot be told apart by colour: give 1 to 7'):
-        write_report({f'{n}': tmp_path for n in range(8)}, tmp_path / 'report.html')
-    with pytest.raises(ValueError, match='a label is empty'):
-        write_report({' ': tmp_path}, tmp_path / 'report.html')
-
-
 LIMITED = """
 import re, sys
 from psbn_mmdet.report import write_report
