@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -33,32 +34,9 @@ def life_lines(runs: Sequence[Run]) -> Figure | str:
     figure = Figure(figsize=(WIDTH, 1.2 + height * rows), layout='constrained')
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for number, (ax, run, mine) in enumerate(zip(axes.flat, runs, lives)):
-        colour = COLOURS[number]
-        last = float(run.iterations[-1])
-        pixel, border = last / 1000, 1.02 * last  # what is still collapsed runs to the border
-        lines = [
-            [(begin, y), (end, y)]
-            for y, life in enumerate(mine, start=1)
-            for begin, end in _joined(life.spans, pixel, border)
-        ]
+        border = 1.02 * float(run.iterations[-1])
         width = float(np.clip(0.6 * 72 * height / (most + 1), 0.6, 3))
-        revivals = [(x, y) for y, life in enumerate(mine, 1) for x in _apart(_ends(life), pixel)]
-        dense = len(revivals) > 2000  # too many for circles, and for an SVG
-        ax.add_collection(LineCollection(lines, colors=colour, linewidths=width, rasterized=dense))
-        if revivals:
-            ax.scatter(
-                *zip(*revivals),
-                s=width**2 if dense else (1.8 * width + 1) ** 2,
-                marker='|' if dense else 'o',
-                facecolor='black' if dense else 'white',
-                edgecolor=None if dense else 'black',
-                linewidth=0.4 if dense else 0.7,
-                rasterized=dense,
-                zorder=3,
-            )
-        opened = [(x, y) for y, life in enumerate(mine, 1) for x in _apart(life.recovered, pixel)]
-        if opened:
-            ax.scatter(*zip(*opened), **RECOVERED, s=(1.8 * width + 1) ** 2, zorder=4)
+        _draw_lives(ax, mine, COLOURS[number], width, border)
         ax.set_xlim(0, border)
         ax.set_ylim(most + 1, 0)
         ax.yaxis.set_major_locator(whole_numbers())
@@ -90,10 +68,37 @@ def life_lines(runs: Sequence[Run]) -> Figure | str:
     return titled(figure, each_run(runs, numbers, ' filters that collapsed are alive at the end'))
 
 
+def _draw_lives(ax: Axes, lives: Sequence[Life], colour: str, width: float, border: float) -> None:
+    """Draw a line of ``width`` points for each life; one that lasts runs to the border."""
+    pixel = border / 1000
+    lines = [
+        [(begin, y), (end, y)]
+        for y, life in enumerate(lives, start=1)
+        for begin, end in _joined(life.spans, pixel, border)
+    ]
+
+    def points(times: Iterable[list[int]]) -> list[tuple[int, int]]:
+        return [(x, y) for y, mine in enumerate(times, start=1) for x in _apart(mine, pixel)]
+
+    revivals = points([end for _, end in life.spans if end is not None] for life in lives)
+    openings = points(life.recovered for life in lives)
+    dense = len(revivals) > 2000  # too many for circles, and for an SVG
+    ax.add_collection(LineCollection(lines, colors=colour, linewidths=width, rasterized=dense))
+    size = (1.8 * width + 1) ** 2
+    if dense:
+        ticks: Any = dict(marker='|', facecolor='black', linewidth=0.4, rasterized=True)
+        ax.scatter(*zip(*revivals), s=width**2, **ticks, zorder=3)
+    elif revivals:
+        circles: Any = dict(marker='o', facecolor='white', edgecolor='black', linewidth=0.7)
+        ax.scatter(*zip(*revivals), s=size, **circles, zorder=3)
+    if openings:
+        ax.scatter(*zip(*openings), **RECOVERED, s=size, zorder=4)
+
+
 def _joined(
     spans: list[tuple[int, int | None]], pixel: float, border: float
 ) -> list[tuple[float, float]]:
-    """Spans with gaps joined that no screen shows, and one that lasts drawn to the border."""
+    """Spans, joined where no screen would show the gap; one that lasts ends at the border."""
     joined: list[tuple[float, float]] = []
     for begin, last in spans:
         end = border if last is None else last
@@ -104,12 +109,8 @@ def _joined(
     return joined
 
 
-def _ends(life: Life) -> list[int]:
-    return [end for _, end in life.spans if end is not None]
-
-
 def _apart(times: Sequence[int], pixel: float) -> list[int]:
-    """Times, without those that a screen would draw over the one before."""
+    """Times, without those that a screen would draw over the previous one."""
     kept: list[int] = []
     for time in times:
         if not kept or time - kept[-1] >= pixel:
