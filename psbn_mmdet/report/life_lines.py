@@ -87,12 +87,15 @@ def _draw_lives(ax: Axes, lives: Sequence[Life], colour: str, width: float, bord
     size = (1.8 * width + 1) ** 2
     if dense:
         ticks: Any = dict(marker='|', facecolor='black', linewidth=0.4, rasterized=True)
-        ax.scatter(*zip(*revivals), s=width**2, **ticks, zorder=3)
+        x, y = zip(*revivals)
+        ax.scatter(x, y, s=width**2, **ticks, zorder=3)
     elif revivals:
         circles: Any = dict(marker='o', facecolor='white', edgecolor='black', linewidth=0.7)
-        ax.scatter(*zip(*revivals), s=size, **circles, zorder=3)
+        x, y = zip(*revivals)
+        ax.scatter(x, y, s=size, **circles, zorder=3)
     if openings:
-        ax.scatter(*zip(*openings), **RECOVERED, s=size, zorder=4)
+        x, y = zip(*openings)
+        ax.scatter(x, y, **RECOVERED, s=size, zorder=4)
 
 
 def _joined(
