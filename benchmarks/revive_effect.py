@@ -20,9 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 from timing import write  # noqa: E402
 
-from psbn_mmdet.checkpoints import read_weights, structure_of_config  # noqa: E402
-from psbn_mmdet.collapse import revive  # noqa: E402
+from psbn_mmdet.checkpoints import read_weights  # noqa: E402
+from psbn_mmdet.configs.model import structure_of_config  # noqa: E402
 from psbn_mmdet.layers import find_norm_states  # noqa: E402
+from psbn_mmdet.recovery import revive  # noqa: E402
 
 BIASES = (0.004, 0.01, 0.02, 0.04, 0.1)
 

@@ -47,9 +47,10 @@ from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from psbn_mmdet.collapse import RectifierTrace, census_of_model  # noqa: E402
+from psbn_mmdet.configs.model import build_model  # noqa: E402
+from psbn_mmdet.configs.norm_switch import switch_config  # noqa: E402
+from psbn_mmdet.configs.reading import dicts, load_config, type_name  # noqa: E402
 from psbn_mmdet.layers import PostShiftedBatchNorm  # noqa: E402
-from psbn_mmdet.norm_switch import build_model, switch_config  # noqa: E402
-from psbn_mmdet.preflight import dicts, load_config, type_name  # noqa: E402
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim/configs'
 SECONDS = 300  # for one model

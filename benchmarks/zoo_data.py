@@ -42,16 +42,16 @@ from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from zoo import CONFIGS, said  # noqa: E402
 
-from psbn_mmdet.hooks.data_check_hook import compare  # noqa: E402
-from psbn_mmdet.norm_switch import build_model  # noqa: E402
-from psbn_mmdet.preflight import (  # noqa: E402
-    PreflightError,
-    check_train_config,
+from psbn_mmdet.commands.preflight import check_train_config  # noqa: E402
+from psbn_mmdet.configs.model import build_model  # noqa: E402
+from psbn_mmdet.configs.reading import (  # noqa: E402
+    ConfigError,
     datasets_of,
     dicts,
     load_config,
     type_name,
 )
+from psbn_mmdet.hooks.data_check_hook import compare  # noqa: E402
 
 OUT = ROOT / 'benchmarks/results/zoo_data.json'
 SIDE = 64  # pixels of an image
@@ -146,7 +146,7 @@ def built_on_meta(cfg: Config) -> nn.Module:
     try:
         with torch.device('meta'):
             return build_model(cfg)
-    except PreflightError:  # what reads values while it is built
+    except ConfigError:  # what reads values while it is built
         return build_model(cfg)
 
 
@@ -168,7 +168,7 @@ def checked(cfg: Config) -> tuple[str, list[str]]:
                 for stage in ('train', 'val'):
                     cfg[f'{stage}_dataloader'] = cfg[f'{stage}_evaluator'] = None
             check_train_config(cfg)
-        except PreflightError as error:
+        except ConfigError as error:
             return 'refused', [said(error)]
         if not is_known:
             return 'no data made', []
@@ -185,7 +185,7 @@ def checked(cfg: Config) -> tuple[str, list[str]]:
                 return 'cannot be built', [said(error)]
             try:
                 warned = list(compare(model, built))
-            except PreflightError as error:
+            except ConfigError as error:
                 return 'refused', [said(error)]
     return ('warned of' if warned else 'fits'), warned
 

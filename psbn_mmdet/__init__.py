@@ -13,7 +13,7 @@ except ImportError as error:
     ) from error
 
 from . import hooks, layers, pruning  # noqa: F401
-from .safe_globals import allow_mmengine_checkpoints
+from .checkpoints.safe_globals import allow_mmengine_checkpoints
 
 __all__ = ['__version__']
 

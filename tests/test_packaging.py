@@ -9,9 +9,9 @@ from pathlib import Path
 
 import mmengine
 import pytest
-from commands import ENV, ROOT, run
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from subprocesses import ENV, ROOT, run
 
 STACKS = ('onedl', 'openmmlab', 'oldest')
 EXTRAS = {'onedl': 'onedl', 'openmmlab': 'openmmlab', 'oldest': 'openmmlab'}

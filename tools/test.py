@@ -13,8 +13,8 @@ os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from psbn_mmdet.launch import run_script
-    from psbn_mmdet.preflight import check_test_config
+    from psbn_mmdet.commands.launch import run_script
+    from psbn_mmdet.commands.preflight import check_test_config
 except ImportError as error:
     sys.exit(f'error: {error}')
 

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     from psbn_mmdet import norm_switch
     from psbn_mmdet.commands import prune
-    from psbn_mmdet.launch import run_script
-    from psbn_mmdet.preflight import PreflightError, check_train_config
+    from psbn_mmdet.commands.launch import run_script
+    from psbn_mmdet.commands.preflight import check_train_config
+    from psbn_mmdet.configs.reading import ConfigError
     from psbn_mmdet.pruning import shrink_config
 except ImportError as error:
     sys.exit(f'error: {error}')
@@ -41,7 +42,7 @@ def check(args, cfg):
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.shrink is not None and args.norm == 'psBN':
-        raise PreflightError('--shrink lets filters collapse, and --norm psBN keeps them open')
+        raise ConfigError('--shrink lets filters collapse, and --norm psBN keeps them open')
     lines += norm_switch.switch_config(cfg, args.norm, args.norm_scope, args.watch_collapse)
     check_train_config(cfg)
     if args.shrink is not None:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import psbn_mmdet  # noqa: E402
-from psbn_mmdet.preflight import load_config  # noqa: E402
+from psbn_mmdet.configs.reading import load_config  # noqa: E402
 
 _READING = Lock()
 

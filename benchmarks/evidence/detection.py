@@ -32,16 +32,12 @@ from common import (
 from matplotlib.figure import Figure
 from mmengine.registry import DefaultScope
 
-from psbn_mmdet.checkpoints import (
-    read_content,
-    read_weights,
-    structure_of_config,
-    write_content,
-)
-from psbn_mmdet.checkpoints.config_model import model_of_config
-from psbn_mmdet.collapse import find_norms, revive
+from psbn_mmdet.checkpoints import read_content, read_weights, write_content
+from psbn_mmdet.collapse import find_norms
+from psbn_mmdet.configs.model import model_of_config, structure_of_config
 from psbn_mmdet.layers import find_norm_states
 from psbn_mmdet.records import read_records
+from psbn_mmdet.recovery import revive
 from psbn_mmdet.report import find_record
 
 CONFIGS = Path(__file__).resolve().parent / 'configs'

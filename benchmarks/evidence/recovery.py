@@ -53,14 +53,13 @@ from psbn_mmdet.checkpoints import read_weights
 from psbn_mmdet.collapse import (
     RECTIFIERS,
     GradientWatch,
-    Recovery,
     Structure,
     census_of_model,
     find_norms,
-    revive,
     trace_structure,
 )
 from psbn_mmdet.layers import bn_to_psbn
+from psbn_mmdet.recovery import Recovery, revive
 
 sys.path.insert(0, str(ROOT / 'tests'))
 from cifar_resnet import CifarResNet

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from threading import Lock
@@ -27,9 +27,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import (
-    BLUE,
-    GREEN,
-    GREY,
     IMAGES,
     ORANGE,
     PINK,
@@ -37,20 +34,17 @@ from common import (
     ROOT,
     SKY,
     Experiment,
-    markdown_table,
     read_config,
-    table,
 )
-from detection import CONFIGS, OPTIONS, data_options, drawn_data, last_checkpoint, scores_of, train
-from matplotlib.figure import Figure
+from detection import OPTIONS, data_options, drawn_data, last_checkpoint, scores_of, train
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
 from psbn_mmdet.checkpoints import read_weights
-from psbn_mmdet.checkpoints.config_model import model_of_config
 from psbn_mmdet.commands import prune
-from psbn_mmdet.preflight import load_config
+from psbn_mmdet.configs.model import model_of_config
+from psbn_mmdet.configs.reading import load_config
 from psbn_mmdet.pruning import compare, narrow
 from psbn_mmdet.records import format_ranges, read_records
 from psbn_mmdet.report import find_record

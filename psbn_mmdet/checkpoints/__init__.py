@@ -1,6 +1,5 @@
 """Checkpoint files: reading them without running code, and writing them whole."""
 
-from .config_model import structure_of_config
 from .formats import (
     CheckpointError,
     Weights,
@@ -19,7 +18,6 @@ __all__ = [
     'read_content',
     'read_torch',
     'read_weights',
-    'structure_of_config',
     'wrapper_of',
     'write_content',
 ]

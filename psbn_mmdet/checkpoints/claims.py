@@ -14,7 +14,7 @@ import numpy as np
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
-from ..safe_globals import archived, is_torchscript
+from .safe_globals import archived, is_torchscript
 
 MOST_INFLATED = 20  # times the file's size; weights deflate by a third at most
 MOST_SHARED = 100  # times the file's size, of all tensors together

@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import replacing
 from ..layers import entry_key, find_norm_states
 from ..records import STATE_INFO, parse_ranges
-from ..safe_globals import load_plain
+from ..records.atomic import replacing
 from .claims import ClaimError, check_claims, unpacked_size
 from .onnx import read_onnx
+from .safe_globals import load_plain
 
 # What wraps a network and puts its name before every key.
 _WRAPPERS = ('module.', '_orig_mod.')

@@ -14,8 +14,6 @@ from .census import (
 )
 from .gradients import GradientWatch
 from .monitor import CollapseMonitor, Report, sum_known
-from .recovery import Recovery, decay_per_step
-from .revival import revive
 from .structure import (
     RectifierTrace,
     StepTrace,
@@ -34,7 +32,6 @@ __all__ = [
     'CollapseMonitor',
     'GradientWatch',
     'LayerCensus',
-    'Recovery',
     'RectifierTrace',
     'Report',
     'StepTrace',
@@ -43,9 +40,7 @@ __all__ = [
     'census_of_state_dict',
     'check_thresholds',
     'compare',
-    'decay_per_step',
     'find_norms',
-    'revive',
     'sum_known',
     'trace_rectifiers',
     'trace_structure',

@@ -273,7 +273,9 @@ class CollapseMonitor:
                 moved[name][known['channels']] = known['moved']
                 rested[name][known['channels']] = known['rested']
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f'the state is of another network or damaged ({error})') from error
+            raise ValueError(
+                f'the state is of another network or damaged ({error}): count from the start'
+            ) from error
         self._unstarted, self.collapsed, self._trapped = unstarted, collapsed, trapped
         self._rectified, self._moved, self._rested = rectified, moved, rested
         self.start = self.start.judged(unstarted=unstarted)

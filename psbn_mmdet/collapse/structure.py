@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .census import find_norms
-from .restore import CONVOLUTIONS
 
 # Copies: what they return is still the output of the BN.
 _COPIES = {'_to_copy', 'clone', 'contiguous', 'alias', 'lift_fresh'}
 # These look at shape and type only.
 _META = {'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like'}
+# Convolutions whose weights are what they multiply by; subclasses may do something else.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 
-from ..atomic import is_among
-from ..checkpoints import read_weights, structure_of_config
+from ..checkpoints import read_weights
 from ..collapse import ASSUMED, census_of_state_dict, compare
-from ..forecast import forecast_of_config
+from ..configs.model import structure_of_config
+from ..configs.norm_switch import switch_config
+from ..configs.reading import load_config, one_line, psbn_of_config
 from ..layers import find_norm_states
-from ..norm_switch import switch_config
-from ..preflight import load_config, one_line, psbn_of_config
+from ..records.atomic import is_among
+from ..recovery.forecast import forecast_of_config
 from . import complain, say
 from .audit_tables import Audit, audit_to_csv, audit_to_dict, audit_to_text, plot_audit
 

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..atomic import replacing
 from ..collapse import FOLDED, Census, LayerCensus, compare
-from ..forecast import Forecast
 from ..records import format_ranges
+from ..records.atomic import replacing
+from ..recovery.forecast import Forecast
 from ..report.channels import BLUE, draw_channels
 from ..report.style import STYLE, printable, shorten
 

@@ -25,19 +25,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..atomic import replacing
 from ..checkpoints import (
     CheckpointError,
     Weights,
     read_weights,
-    structure_of_config,
     write_content,
 )
-from ..checkpoints.config_model import model_of_config
 from ..collapse import census_of_state_dict
+from ..configs.model import model_of_config, structure_of_config
+from ..configs.norm_switch import import_package
+from ..configs.reading import dicts, is_pretrained, load_config
 from ..layers import find_norm_states
-from ..norm_switch import import_package
-from ..preflight import dicts, is_pretrained, load_config
 from ..pruning import MARGIN, ChannelTrace, add_constants, narrow, plan
 from ..pruning.compare import (
     by_stage,
@@ -48,6 +46,7 @@ from ..pruning.compare import (
     scores_of,
     time_ratio,
 )
+from ..records.atomic import replacing
 from . import complain, say
 
 ROUNDING = 1e-5  # of the largest value

@@ -10,18 +10,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..checkpoints import (
-    find_state_dicts,
-    read_content,
-    read_weights,
-    structure_of_config,
-    wrapper_of,
-    write_content,
-)
-from ..collapse import FOLDED, census_of_state_dict, revive
-from ..collapse.revival import OPEN
+from ..checkpoints import find_state_dicts, read_content, read_weights, wrapper_of, write_content
+from ..collapse import FOLDED, census_of_state_dict
+from ..configs.model import structure_of_config
+from ..configs.reading import load_config
 from ..layers import find_norm_states
-from ..preflight import load_config
+from ..recovery import revive
+from ..recovery.revive import OPEN
 from . import complain, say
 
 

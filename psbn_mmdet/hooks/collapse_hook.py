@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..collapse import CollapseMonitor, check_thresholds, find_norms
-from ..forecast import Schedule, make_forecast, read_schedule
 from ..layers import PostShiftedBatchNorm
 from ..records import COUNTS, STATE_INFO
+from ..recovery.forecast import Schedule, make_forecast, read_schedule
 from .checks import is_count, optimizers_of, refuse_model, unwrapped, will_train
 from .epoch_table import EpochTable
 from .guard import Guard

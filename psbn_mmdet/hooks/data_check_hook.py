@@ -20,7 +20,7 @@ from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
-from ..preflight import PreflightError, datasets_of, is_pretrained, named
+from ..configs.reading import ConfigError, datasets_of, is_pretrained, named
 from .checks import unwrapped
 
 LARGEST = 200e6  # bytes of an annotation file that is read once more
@@ -49,12 +49,12 @@ class DataCheckHook(Hook):
         """Compare the data, the heads, the evaluators and the pretrained weights.
 
         Raises:
-            PreflightError: If they do not fit.
+            ConfigError: If they do not fit.
         """
         try:
             for warning in compare(unwrapped(runner.model), _built(runner)):
                 runner.logger.warning(f'DataCheckHook: {warning}.')
-        except PreflightError:
+        except ConfigError:
             raise
         except Exception as error:  # whatever data sets and heads of somebody's own are like
             runner.logger.warning(f'DataCheckHook: not compared to the end. Cause: {named(error)}')
@@ -63,7 +63,7 @@ class DataCheckHook(Hook):
         """Compare the weights with the model.
 
         Raises:
-            PreflightError: If none fits.
+            ConfigError: If none fits.
         """
         _check_weights(checkpoint, unwrapped(runner.model), f'checkpoint {runner._load_from}')
 
@@ -78,7 +78,7 @@ def _built(runner: Runner) -> dict[str, tuple[Any, Sequence[Any]]]:
     }
 
 
-def explain(error: Exception, cfg: Config) -> PreflightError | None:
+def explain(error: Exception, cfg: Config) -> ConfigError | None:
     """One sentence for what MMDetection raises where data cannot be read, such as an empty list.
 
     Args:
@@ -86,7 +86,7 @@ def explain(error: Exception, cfg: Config) -> PreflightError | None:
         cfg (Config): The config.
 
     Returns:
-        PreflightError | None: None if it was something else.
+        ConfigError | None: None if it was something else.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         dataset = frame.f_locals.get('self')
@@ -105,9 +105,9 @@ def explain(error: Exception, cfg: Config) -> PreflightError | None:
             try:
                 list(_Source(path, dataset).check())
             except Exception as found:
-                if isinstance(found, PreflightError):
+                if isinstance(found, ConfigError):
                     return found
-            return PreflightError(
+            return ConfigError(
                 f'{path}: {file} cannot be read, or no image of it is taken '
                 f'({named(error)}): check whether it is what {name} '
                 'reads, its annotations, metainfo.classes and filter_cfg'
@@ -127,7 +127,7 @@ def compare(network: nn.Module, built: Mapping[str, tuple[Any, Sequence[Any]]]) 
         str: What is unusual.
 
     Raises:
-        PreflightError: If a part cannot go with another.
+        ConfigError: If a part cannot go with another.
     """
     meanings: list[tuple[str, dict[int, str]]] = []  # of labels, and where they have them
     trained: dict[int, str] = {}
@@ -144,7 +144,7 @@ def compare(network: nn.Module, built: Mapping[str, tuple[Any, Sequence[Any]]]) 
             if stage == next(iter(built)) and not is_by_text:
                 yield from _check_heads(network, source)
         if stage == 'train' and not any(source.has_instances() for source in sources):
-            raise PreflightError(
+            raise ConfigError(
                 f'{sources[0].path}: no image has an annotation that is taken from '
                 f'{sources[0].file}: check its annotations (category_id, bbox, area), '
                 'metainfo.classes and filter_cfg'
@@ -157,7 +157,7 @@ def compare(network: nn.Module, built: Mapping[str, tuple[Any, Sequence[Any]]]) 
             meanings.append((f'the file of {place}', names))
             missed = [name for label, name in trained.items() if label not in names]
             if names and missed and not is_by_text:
-                raise PreflightError(
+                raise ConfigError(
                     f'{place}: {_listed(missed)}, which are trained, are not among the categories '
                     f'of its file and {sources[0].path}.metainfo.classes, and the validation fails '
                     'once one is detected: add them to both'
@@ -203,7 +203,7 @@ class _Source:
     def check(self) -> Iterator[str]:
         """Refuse what cannot be meant, and tell what may be."""
         if isinstance(self.classes, str):
-            raise PreflightError(
+            raise ConfigError(
                 f'{self.path}.metainfo.classes={self.classes!r} is a text, not a tuple of names: '
                 f'write ({self.classes!r},) with a comma'
             )
@@ -213,7 +213,7 @@ class _Source:
         unknown = [name for name in self.classes if name not in self._of_id.values()]
         lost = [i for i in self._annotated if i not in self._of_id]
         if self._of_id and self.classes and len(unknown) == len(self.classes):
-            raise PreflightError(f'{classes} has none of {has}: {self.advice}')
+            raise ConfigError(f'{classes} has none of {has}: {self.advice}')
         if self._of_id and self.is_default and self.dropped:
             yield f'{classes} is without {_listed(self.dropped)} of {has}: {self.advice}'
         elif self._of_id and unknown and not self.is_default:
@@ -223,7 +223,7 @@ class _Source:
         paths = [info.get('img_path') for info in self.samples()]
         files = [path for path in paths if isinstance(path, str) and '://' not in path]
         if files and self._is_on_disk() and not any(map(os.path.exists, files)):
-            raise PreflightError(
+            raise ConfigError(
                 f'{self.path}: none of {len(files)} images that were looked for is there, such as '
                 f'{files[0]}: set {self.path}.data_prefix.img'
             )
@@ -270,7 +270,7 @@ def _check_metric(path: str, api: Any, source: _Source) -> dict[int, str]:
     names = [(i.get('file_name', ''), o.get('img_path') or '') for i, o in pairs if i is not None]
     if strange or (names and all(os.path.basename(i) != os.path.basename(o) for i, o in names)):
         image = repr(strange[0]) if strange else f'{names[0][1]} of that id'
-        raise PreflightError(
+        raise ConfigError(
             f'{path} evaluates another file than that of {source.path}: it has no image {image}: '
             f'set its ann_file to {source.file}'
         )
@@ -285,7 +285,7 @@ def _check_meanings(meanings: Iterable[tuple[str, dict[int, str]]]) -> None:
         for label, name in names.items():
             first, where = seen.setdefault(name, (label, place))
             if first != label:
-                raise PreflightError(
+                raise ConfigError(
                     f'{name!r} is class {first} of {where}, but class {label} of {place}: labels '
                     'go by the categories in the files, so have them in one order everywhere, and '
                     'metainfo.classes in the same'
@@ -307,12 +307,12 @@ def _check_heads(network: nn.Module, source: _Source) -> Iterator[str]:
         has = f'model.{name}.{key}={given}, but {source.path} has {len(classes)} classes'
         mend = f'({_listed(classes)}): set it to {len(classes)}'
         if classes and given != len(classes) and source.is_default and source.dropped:
-            raise PreflightError(
+            raise ConfigError(
                 f'{has} by default, without {_listed(source.dropped)} of {source.file}: '
                 f'{source.advice}'
             )
         if classes and given < needed:
-            raise PreflightError(f'{has} {mend}')
+            raise ConfigError(f'{has} {mend}')
         if classes and given != len(classes):
             yield f'{has} {mend}, if that is not meant'
 
@@ -342,7 +342,7 @@ def _check_weights(checkpoint: Any, module: nn.Module, what: str, prefix: str = 
         is_there = name.startswith(prefix) and name.removeprefix(prefix) in own
         if is_there and own[name.removeprefix(prefix)] == getattr(value, 'shape', None):
             return
-    raise PreflightError(
+    raise ConfigError(
         f'{what}: none of its weights has name and shape of one of {type(module).__name__}: give '
         'weights of this network' + (f', or another prefix than {prefix!r}' if prefix else '')
     )

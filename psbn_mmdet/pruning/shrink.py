@@ -14,14 +14,14 @@ from io import StringIO
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
 from ..collapse import find_norms
-from ..forecast import e_foldings, schedule_of_config
+from ..configs.model import model_of_config
+from ..configs.norm_switch import add_hook
+from ..configs.reading import ConfigError
 from ..layers import PostShiftedBatchNorm
-from ..norm_switch import add_hook, build_model
-from ..preflight import PreflightError
+from ..recovery.forecast import e_foldings, schedule_of_config
 
 FOLDINGS = 12.0  # at which losers have vanished
 DECAY = 0.1  # the most that cost little AP
@@ -39,30 +39,30 @@ def shrink_config(cfg: Config, decay: float | None) -> list[str]:
         list[str]: What was changed, and whether the training is long enough.
 
     Raises:
-        PreflightError: If nothing could be decayed.
+        ConfigError: If nothing could be decayed.
     """
     if decay is not None and not 0 < decay < 1:
-        raise PreflightError(f'--shrink {decay}: the weight decay of gamma and beta is from 0 to 1')
-    model = revert_sync_batchnorm(build_model(cfg))
+        raise ConfigError(f'--shrink {decay}: the weight decay of gamma and beta is from 0 to 1')
+    model = model_of_config(cfg)
     norms = find_norms(model)
     trained = {n: x for n, x in norms.items() if x.weight.requires_grad}
     if any(isinstance(norm, PostShiftedBatchNorm) for norm in norms.values()):
-        raise PreflightError(
+        raise ConfigError(
             '--shrink lets filters collapse, and psBN keeps them open: train the model with BN '
             '(--norm BN)'
         )
     if not trained:
-        raise PreflightError('--shrink: no BN of the model is trained: set requires_grad=True')
+        raise ConfigError('--shrink: no BN of the model is trained: set requires_grad=True')
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer')
     if not isinstance(optimizer, dict) or not optimizer.get('weight_decay'):
-        raise PreflightError(
+        raise ConfigError(
             '--shrink needs a weight_decay of the optimizer, which is multiplied for gamma and '
             'beta: set optim_wrapper.optimizer.weight_decay'
         )
     plain = float(optimizer['weight_decay'])
     has = _foldings_at(cfg, model, trained, DECAY, plain)
     if not has:
-        raise PreflightError(
+        raise ConfigError(
             '--shrink: gamma is not decayed, whatever norm_decay_mult is: take away what '
             'optim_wrapper.paramwise_cfg sets for norms, or its constructor'
         )
@@ -101,5 +101,5 @@ def _foldings_at(
         with redirect_stdout(StringIO()):  # what data sets and optimizers tell
             schedule = schedule_of_config(other, model, [norm.weight for norm in norms.values()])
     except ValueError as error:
-        raise PreflightError(f'--shrink: {error}: add it') from error
+        raise ConfigError(f'--shrink: {error}: add it') from error
     return e_foldings(schedule)

@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..collapse import find_norms
-from ..collapse.restore import CONVOLUTIONS
-from ..collapse.structure import looks_only
+from ..collapse.structure import CONVOLUTIONS, looks_only
 from ..layers import PostShiftedBatchNorm
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import replacing
+from .atomic import replacing
 
 FOLDER = 'snapshots'  # in a run's log folder
 

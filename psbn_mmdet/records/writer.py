@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing
+from .atomic import replacing
 from .reader import FORMAT, stream_records
 
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from ..atomic import is_among, replacing
+from ..records.atomic import is_among, replacing
 from .figures import FIGURES
 from .runs import Run, input_files, read_run
 from .stage_table import COLUMNS, stage_rows

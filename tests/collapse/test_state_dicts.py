@@ -19,11 +19,11 @@ from psbn_mmdet.collapse import (
     census_of_state_dict,
     compare,
     find_norms,
-    revive,
     trace_rectifiers,
     trace_structure,
 )
 from psbn_mmdet.layers import find_norm_states
+from psbn_mmdet.recovery import revive
 
 DATA = Path(__file__).resolve().parents[3] / 'shared/data'
 # What the public checkpoints hold: filters, dead by the parameter rule, vanished.

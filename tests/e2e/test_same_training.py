@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import psbn_mmdet  # noqa: F401
+from psbn_mmdet.configs.norm_switch import switch_config
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
 from psbn_mmdet.layers.decay import unfollow
-from psbn_mmdet.norm_switch import switch_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = ROOT.parent / 'shared/data/bccd'

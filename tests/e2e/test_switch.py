@@ -21,12 +21,12 @@ from models import build, norms
 
 import psbn_mmdet  # noqa: F401
 from psbn_mmdet.checkpoints import read_content, read_weights
+from psbn_mmdet.configs.norm_switch import switch_config
+from psbn_mmdet.configs.reading import dicts, load_config
 from psbn_mmdet.layers import (
     PostShiftedBatchNorm,
     find_norm_states,
 )
-from psbn_mmdet.norm_switch import switch_config
-from psbn_mmdet.preflight import dicts, load_config
 from psbn_mmdet.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]

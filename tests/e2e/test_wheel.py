@@ -10,7 +10,7 @@ from pathlib import Path
 import mmengine
 import pytest
 import torch
-from commands import ROOT, run
+from subprocesses import ROOT, run
 
 
 @pytest.fixture(scope='module')

@@ -24,10 +24,10 @@ import common  # noqa: E402
 import digits  # noqa: E402
 
 from psbn_mmdet.checkpoints import read_content  # noqa: E402
-from psbn_mmdet.checkpoints.config_model import model_of_config  # noqa: E402
 from psbn_mmdet.collapse import find_norms  # noqa: E402
+from psbn_mmdet.configs.model import model_of_config  # noqa: E402
+from psbn_mmdet.configs.reading import load_config  # noqa: E402
 from psbn_mmdet.layers import PostShiftedBatchNorm2d  # noqa: E402
-from psbn_mmdet.preflight import load_config  # noqa: E402
 
 
 def rows_of(table: dict) -> list[dict]:

@@ -17,9 +17,9 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import nn
 
+from psbn_mmdet.configs.reading import ConfigError, load_config
 from psbn_mmdet.hooks import data_check_hook
 from psbn_mmdet.hooks.data_check_hook import explain
-from psbn_mmdet.preflight import PreflightError, load_config
 
 CLASSES = ('disc', 'square', 'triangle', 'cross')
 
@@ -94,7 +94,7 @@ class Data:
 
     def sentence(self, error: Exception) -> str:
         """As the tools give it."""
-        known = error if isinstance(error, PreflightError) else explain(error, self.cfg)
+        known = error if isinstance(error, ConfigError) else explain(error, self.cfg)
         assert known is not None, error
         assert '\n' not in str(known) and not str(known).endswith('.')
         return str(known)
@@ -315,7 +315,7 @@ def network(**heads: dict) -> nn.Module:
 def test_other_heads(data, name):
     (source,) = data_check_hook._sources(Things(), 'data')
     wrong = network(bbox_head=dict(num_classes=2), **{name: dict(num_classes=1)})
-    with pytest.raises(PreflightError, match=f'{name}.num_classes=1, but data has 2'):
+    with pytest.raises(ConfigError, match=f'{name}.num_classes=1, but data has 2'):
         list(data_check_hook._check_heads(wrong, source))
 
 
@@ -336,7 +336,7 @@ def test_heads_of_panoptic_segmentation(data):
     )
     assert list(data_check_hook._check_heads(right, source)) == []
     right.panoptic_head.num_things_classes = 1
-    with pytest.raises(PreflightError, match='num_things_classes=1, but data has 2'):
+    with pytest.raises(ConfigError, match='num_things_classes=1, but data has 2'):
         list(data_check_hook._check_heads(right, source))
 
 

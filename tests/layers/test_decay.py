@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from commands import ROOT, run
 from mmengine.registry import OPTIMIZERS
 from naive import ALPHA, NaivePSBN2d, beta_of
+from subprocesses import ROOT, run
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer

@@ -11,9 +11,9 @@ from mmengine.config import Config
 from mmengine.optim import MultiStepLR, OptimWrapper
 from torch import nn
 
-from psbn_mmdet.forecast import e_foldings, read_schedule
-from psbn_mmdet.preflight import PreflightError, load_config
+from psbn_mmdet.configs.reading import ConfigError, load_config
 from psbn_mmdet.pruning import shrink_config
+from psbn_mmdet.recovery.forecast import e_foldings, read_schedule
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,6 @@ def test_a_long_one_decays_no_more_than_it_needs(cfg):
 )
 def test_what_cannot_be_is_refused_in_one_sentence(cfg, options, decay, words):
     cfg.merge_from_dict(options)
-    with pytest.raises(PreflightError, match=words) as info:
+    with pytest.raises(ConfigError, match=words) as info:
         shrink_config(cfg, decay)
     assert '\n' not in str(info.value)

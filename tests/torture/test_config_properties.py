@@ -16,9 +16,9 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import nn
 
+from psbn_mmdet.configs.norm_switch import switch_config
+from psbn_mmdet.configs.reading import ConfigError, type_name
 from psbn_mmdet.layers import PostShiftedBatchNorm
-from psbn_mmdet.norm_switch import switch_config
-from psbn_mmdet.preflight import PreflightError, type_name
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -102,7 +102,7 @@ def test_a_switched_config_has_the_norms_and_hooks_it_says(
     count()
     cfg = Config(dict(model=model, custom_hooks=hooks, custom_imports=imports, other=[1]))
     before = norms_of(cfg)
-    lines, error = attempt(switch_config, cfg, norm, scope, watch, error=PreflightError)
+    lines, error = attempt(switch_config, cfg, norm, scope, watch, error=ConfigError)
     if error:
         starts = (
             '--norm-scope is for',
@@ -140,7 +140,7 @@ def test_a_config_without_a_model_is_refused(model, norm):
     for cfg in (Config(dict(model=model)), Config(dict(other=1))):
         if isinstance(cfg.get('model'), dict):
             continue
-        _, error = attempt(switch_config, cfg, norm, error=PreflightError)
+        _, error = attempt(switch_config, cfg, norm, error=ConfigError)
         assert error.startswith('model is ') and 'leave out --norm' in error
 
 
@@ -158,7 +158,7 @@ def test_switches_follow_one_another(model, switches):
     wanted = {name: isinstance(m, PostShiftedBatchNorm) for name, m in norms_of(cfg).items()}
     own = copy.deepcopy(cfg.model)
     for norm, scope in switches:
-        _, error = attempt(switch_config, cfg, norm, scope, error=PreflightError)
+        _, error = attempt(switch_config, cfg, norm, scope, error=ConfigError)
         if error:
             assert 'there is no' in error
             continue

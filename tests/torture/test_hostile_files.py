@@ -28,8 +28,9 @@ from torch import nn
 
 from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.commands import audit, report, revive
+from psbn_mmdet.commands.preflight import check_test_config, check_train_config
+from psbn_mmdet.configs.reading import ConfigError
 from psbn_mmdet.layers import find_norm_states
-from psbn_mmdet.preflight import PreflightError, check_test_config, check_train_config
 from psbn_mmdet.records import COUNTS, RecordWriter, write_snapshot
 from psbn_mmdet.report import read_run
 
@@ -134,7 +135,7 @@ def check(function, *arguments) -> str:
     """The one sentence of a check before a run, '' if it passes."""
     try:
         function(*arguments)
-    except PreflightError as error:
+    except ConfigError as error:
         (line,) = str(error).splitlines()
         return line
     return ''

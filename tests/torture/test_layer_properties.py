@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from psbn_mmdet.hooks import CollapseHook, RecoveryHook
-from psbn_mmdet.hooks.history import COUNTS
+from psbn_mmdet.records import COUNTS
 from psbn_mmdet.layers import (
     PostShiftedBatchNorm1d,
     PostShiftedBatchNorm2d,

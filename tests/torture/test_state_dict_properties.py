@@ -22,7 +22,7 @@ from psbn_mmdet.checkpoints import find_state_dicts, read_content, read_weights,
 from psbn_mmdet.checkpoints.formats import CheckpointError
 from psbn_mmdet.commands import audit
 from psbn_mmdet.layers import PostShiftedBatchNorm2d, find_norm_states
-from psbn_mmdet.records import UNSTARTED_INFO
+from psbn_mmdet.records import STATE_INFO
 
 REALS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool]
@@ -126,7 +126,7 @@ def test_an_audit_of_any_file_is_right_or_says_what_is_wrong(
     info = dict.fromkeys(find_norm_states(state_dict), unstarted)
     if place and unstarted is not None:
         content['message_hub'] = {
-            'runtime_info': {UNSTARTED_INFO: [1] if wrong_info else info},
+            'runtime_info': {STATE_INFO: [1] if wrong_info else {'unstarted': info}},
         }
     torch.save(content, path)
     tracemalloc.start()
@@ -230,7 +230,7 @@ def test_content_in_itself_or_in_many_places_is_read_in_bounded_time():
 def test_unstarted_filters_beside_statistics_of_no_shape(tmp_path):
     count()
     state_dict = nn.BatchNorm2d(2).state_dict() | {'x.running_var': torch.tensor(1.0)}
-    hub = {'runtime_info': {UNSTARTED_INFO: {'': '0'}}}
+    hub = {'runtime_info': {STATE_INFO: {'unstarted': {'': '0'}}}}
     torch.save({'state_dict': dict(state_dict), 'message_hub': hub}, tmp_path / 'a.pth')
     assert read_weights(tmp_path / 'a.pth').unstarted[''].tolist() == [True, False]
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import MODELS, DefaultScope
-from torch import nn
 
-from .layers.switch import NORMS, SWITCHED, in_scope, kinds_of_norms, switch_norms
-from .preflight import PreflightError, dicts, named, type_name
+from ..layers.switch import NORMS, SWITCHED, in_scope, kinds_of_norms, switch_norms
+from .model import build_model
+from .reading import ConfigError, type_name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +53,12 @@ def switch_config(
         list[str]: What was changed, part by part, and what was left and why.
 
     Raises:
-        PreflightError: If there is nothing to replace.
+        ConfigError: If there is nothing to replace.
     """
     if scope and not norm:
-        raise PreflightError('--norm-scope is for --norm: add --norm psBN or leave it out')
+        raise ConfigError('--norm-scope is for --norm: add --norm psBN or leave it out')
     if norm and not isinstance(cfg.get('model'), dict):
-        raise PreflightError(
+        raise ConfigError(
             f'model is {reprlib.repr(cfg.get("model"))}, not a dict, and has no norms to replace: '
             'give a config with a model, or leave out --norm'
         )
@@ -83,7 +81,7 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
         fix = 'leave out --norm'
         if scope is not None and not inside:
             fix = f'give one of {", ".join(_parts(before))} to --norm-scope'
-        raise PreflightError(
+        raise ConfigError(
             f'--norm {norm}: there is no {other} {where}to replace (there is {has}): {fix}'
         )
     own, switches = dict(cfg.model), []
@@ -98,7 +96,7 @@ def _switch(cfg: Config, norm: str, scope: str | None) -> list[str]:
         left = switch_norms(model, **switch)
     after = {name: kind for name, kind, _ in kinds_of_norms(model)}
     if norm == 'psBN' and norm not in after.values():
-        raise PreflightError(
+        raise ConfigError(
             f'--norm {norm}: none of its BN can be replaced ({", ".join(set(left.values()))}): '
             'leave out --norm'
         )
@@ -145,45 +143,26 @@ def _parts(names: dict) -> list[str]:
     return list(dict.fromkeys(name.split('.')[0] for name in names))
 
 
-def build_model(cfg: Config) -> nn.Module:
-    """A config's model with random weights, on the CPU; the config is not changed.
-
-    Raises:
-        PreflightError: If it cannot be built.
-    """
-    model = copy.deepcopy(cfg.model)
-    for _, part in dicts(model, ''):
-        if type_name(part) in ('MMSyncBN', 'SyncBatchNorm'):
-            part['type'] = 'SyncBN'  # mmcv's cannot be built before there is a process group
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
-        try:
-            return MODELS.build(model)
-        except Exception as error:  # whatever a model of somebody's own may raise
-            raise PreflightError(
-                f'the model of the config cannot be built ({named(error)}): correct the config'
-            ) from error
-
-
 def import_package(cfg: Config) -> None:
     """Have a config import this package."""
     given = cfg.get('custom_imports') or {}
     imports = given.get('imports') or [] if isinstance(given, dict) else None
     imports = [imports] if isinstance(imports, str) else imports
     if not isinstance(imports, (list, tuple)):
-        raise PreflightError(
+        raise ConfigError(
             f'custom_imports is {reprlib.repr(given)}, not a dict with a list of imports: set it '
             "in the config, such as custom_imports=dict(imports=['psbn_mmdet'])"
         )
-    if __package__ not in imports:
+    if 'psbn_mmdet' not in imports:
         settings: dict[str, Any] = {'allow_failed_imports': False, **given}
-        cfg.custom_imports = {**settings, 'imports': [*imports, __package__]}
+        cfg.custom_imports = {**settings, 'imports': [*imports, 'psbn_mmdet']}
 
 
 def _hooks(cfg: Config) -> list:
     """The custom hooks, which MMEngine takes as configs or as objects."""
     hooks = cfg.get('custom_hooks') or []
     if not isinstance(hooks, (list, tuple)):
-        raise PreflightError(
+        raise ConfigError(
             f'custom_hooks is {reprlib.repr(hooks)}, not a list of hooks: set them in the config, '
             "such as custom_hooks=[dict(type='CollapseHook', interval=50)]; --cfg-options "
             'custom_hooks.0.… changes only hooks that are there'
@@ -195,7 +174,7 @@ def add_hook(cfg: Config, kind: str) -> None:
     """Add one of our hooks to a config that has none of that kind, and the import of it.
 
     Raises:
-        PreflightError: If ``custom_hooks`` or ``custom_imports`` is not what MMEngine takes.
+        ConfigError: If ``custom_hooks`` or ``custom_imports`` is not what MMEngine takes.
     """
     import_package(cfg)
     hooks = _hooks(cfg)

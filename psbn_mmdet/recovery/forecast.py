@@ -29,10 +29,11 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.optim import Optimizer
 
-from .checkpoints.config_model import model_of_config, prefix_in_model
-from .collapse import Census, decay_per_step, find_norms
-from .layers import PostShiftedBatchNorm
-from .preflight import type_name
+from ..collapse import Census, find_norms
+from ..configs.model import model_of_config, prefix_in_model
+from ..configs.reading import type_name
+from ..layers import PostShiftedBatchNorm
+from .recovery import decay_per_step
 
 STEPS = 4000  # made of a training; in a longer one most stand for several
 ITERATIONS = 300_000  # for which schedulers are stepped; later the learning rate stays as it is

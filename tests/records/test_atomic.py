@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from psbn_mmdet.atomic import WriteError, replacing
+from psbn_mmdet.records.atomic import WriteError, replacing
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -5,7 +5,8 @@ import torch
 from closed_chain import CLOSED, chain, images
 from torch import nn
 
-from psbn_mmdet.collapse import Structure, revive, trace_structure
+from psbn_mmdet.collapse import Structure, trace_structure
+from psbn_mmdet.recovery import revive
 
 # Channel 0 is collapsed, 1 dead with a gamma, 2 vanished but alive, 3 far below, 4 well.
 GAMMA = [0.0, 0.01, 0.0, 0.01, 1.0]

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..collapse import Structure, census_of_state_dict
 from ..layers import entry_key, rectifier_closed
-from .census import census_of_state_dict
 from .restore import lost_factor, multiply, reading_dim, restore_own
-from .structure import Structure
 
 # What the bias is set to. Nearer to 0 half of the filters close again in the first steps, and a
 # larger one changes more of what the network computes (docs/checkpoints.md).

@@ -6,8 +6,9 @@ from closed_chain import CLOSED, chain, images
 from torch import nn
 from torch.nn import functional as F
 
-from psbn_mmdet.collapse import Recovery, RectifierTrace, trace_structure
-from psbn_mmdet.collapse.restore import restore
+from psbn_mmdet.collapse import RectifierTrace, trace_structure
+from psbn_mmdet.recovery import Recovery
+from psbn_mmdet.recovery.restore import restore
 
 
 @pytest.mark.parametrize('groups', [1, 6])

@@ -24,8 +24,8 @@ from torch import nn
 from psbn_mmdet.checkpoints import read_content, read_weights
 from psbn_mmdet.collapse import find_norms
 from psbn_mmdet.commands import prune
-from psbn_mmdet.norm_switch import switch_config
-from psbn_mmdet.preflight import load_config
+from psbn_mmdet.configs.norm_switch import switch_config
+from psbn_mmdet.configs.reading import load_config
 from psbn_mmdet.pruning import compare
 
 ROOT = Path(__file__).resolve().parents[2]

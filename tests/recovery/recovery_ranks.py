@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from psbn_mmdet.collapse import Recovery, trace_structure
+from psbn_mmdet.collapse import trace_structure
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.recovery import Recovery
 
 STEPS = 60
 

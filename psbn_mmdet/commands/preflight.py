@@ -1,21 +1,18 @@
 """Checks before training or testing, for mistakes that would otherwise show late or never.
 
-Each raises :class:`PreflightError` with one sentence that names the value and the mend.
-:func:`psbn_mmdet.launch.run_script` runs them and then MMDetection's own script.
+Each raises :class:`ConfigError` with one sentence that names the value and the mend.
+:func:`psbn_mmdet.commands.launch.run_script` runs them and then MMDetection's own script.
 """
 
 from __future__ import annotations
 
 import difflib
-import glob
-import importlib.util
 import os
 import reprlib
 import urllib.request
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -24,8 +21,19 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-from .checkpoints import CheckpointError, read_torch
-from .layers import PostShiftedBatchNorm, check_shift
+from ..checkpoints import CheckpointError, read_torch
+from ..configs.reading import (
+    PSBN_CLASSES,
+    ConfigError,
+    datasets_of,
+    dicts,
+    is_pretrained,
+    one_line,
+    psbn_of_config,
+    shown,
+    text_of,
+)
+from ..layers import check_shift
 
 URL_TIMEOUT = 5  # seconds
 CHECKPOINT_MEND = 'give the path of a checkpoint that exists'
@@ -33,87 +41,8 @@ CHECKPOINT_MEND = 'give the path of a checkpoint that exists'
 # Of servers that are there but do not answer HEAD requests, or not those for this file.
 _STATUS_UNDECIDED = (403, 405, 429, 501)
 
-_PSBN_CLASSES = {
-    name: cls
-    for name, cls in MODELS.module_dict.items()
-    if isinstance(cls, type) and issubclass(cls, PostShiftedBatchNorm)
-}
-_PSBN_TYPES = {*_PSBN_CLASSES, *(cls.__name__ for cls in _PSBN_CLASSES.values())}
 _OF_2X = ('data', 'runner', 'lr_config', 'optimizer_config', 'total_epochs')
 _NORMS = ('BN', 'BN1d', 'BN2d', 'BN3d', 'SyncBN', 'GN', 'LN', 'IN')  # of mmcv
-
-
-class PreflightError(ValueError):
-    """What must be mended before a run can start, in one sentence."""
-
-
-def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
-    """Load a config file as MMDetection's scripts do.
-
-    Args:
-        path (str): The config file; or one that an installed package brings, such as
-            ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``, or its bare name in MMDetection.
-        options (dict, optional): What ``--cfg-options`` gave. Defaults to None.
-
-    Returns:
-        Config: The config with the options merged in.
-
-    Raises:
-        PreflightError: If the file, one of its bases or one of its imports cannot be read, or the
-            options do not fit the config.
-    """
-    file = _config_file(path)
-    try:
-        cfg = Config.fromfile(file)
-        dict(cfg.items())  # imports what is imported lazily
-    except Exception as error:  # a config is Python, and fails in as many ways
-        raise PreflightError(
-            f'config file {path} cannot be loaded ({named(error)}): correct it or what it imports, '
-            'if it is a config of MMDetection'
-        ) from error
-    try:
-        cfg.merge_from_dict(options or {})
-    except Exception as error:  # a type for each way not to fit
-        raise PreflightError(
-            f'one of --cfg-options {", ".join(options or {})} does not fit the config: give the '
-            f'whole value that it is a part of ({named(error)})'
-        ) from error
-    _text(cfg.get('default_scope'), 'default_scope', "a library's name, such as 'mmdet'")
-    return cfg
-
-
-def _config_file(path: str) -> str:
-    """The file that a path or a name of the zoo means."""
-    package, is_of_package, inside = path.rpartition('::')
-    if os.path.isfile(path):
-        return path
-    if not is_of_package and ('/' in path or os.sep in path):
-        raise PreflightError(f'config file {_shown(path)} does not exist: check the path')
-    package = package or 'mmdet'
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # of a part of something that is not there; no such name
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise PreflightError(f'config {path}: there is no package {package}: install it')
-    root = Path(next(iter(spec.submodule_search_locations)))
-    # A development install has links in `.mim`, a bare checkout the folder beside the package.
-    folders = [f for f in (root / '.mim/configs', root.parent / 'configs') if f.is_dir()]
-    names = [inside, f'{inside}.py']
-    for folder in folders:
-        if is_of_package:
-            found = [folder / name for name in names if (folder / name).is_file()]
-        else:
-            found = [p for name in names for p in sorted(folder.rglob(glob.escape(name)))]
-        if found:
-            return str(found[0])
-    known = {p.stem for folder in folders for p in folder.rglob('*.py') if p.stem[:1] != '_'}
-    stem = PurePosixPath(inside).name.removesuffix('.py')
-    near = difflib.get_close_matches(stem, known, 1)
-    raise PreflightError(
-        f'config file {_shown(path)} does not exist, and {package} has none of that name: check '
-        'the path' + (f', or did you mean {near[0]}?' if near else '')
-    )
 
 
 def check_train_config(cfg: Config) -> None:
@@ -126,11 +55,11 @@ def check_train_config(cfg: Config) -> None:
         cfg (Config): The config, with the ``work_dir``, ``resume`` and ``load_from`` of the run.
 
     Raises:
-        PreflightError: If the run would fail, or silently do something else than asked for.
+        ConfigError: If the run would fail, or silently do something else than asked for.
     """
     _check_model(cfg)
     if cfg.get('sync_bn') is not None and psbn_of_config(cfg):
-        raise PreflightError(
+        raise ConfigError(
             f'sync_bn={cfg.sync_bn!r} makes SyncBN of psBN, whose bias decays towards 0: remove '
             "sync_bn and set norm_cfg=dict(type='psSyncBN')"
         )
@@ -140,7 +69,7 @@ def check_train_config(cfg: Config) -> None:
         if is_pretrained(init_cfg) and isinstance(init_cfg.get('checkpoint'), str):
             mend = f'set {path}.checkpoint to a local file, or {path}=None for random weights'
             _check_weights(init_cfg['checkpoint'], f'{path}.checkpoint', mend)
-    checkpoint = _text(cfg.get('load_from'), 'load_from', 'the path of a checkpoint')
+    checkpoint = text_of(cfg.get('load_from'), 'load_from', 'the path of a checkpoint')
     last = Path(cfg.get('work_dir') or '', 'last_checkpoint')
     if not checkpoint and cfg.get('resume') and last.is_file():
         checkpoint = last.read_text(errors='replace').strip()
@@ -149,7 +78,7 @@ def check_train_config(cfg: Config) -> None:
         _check_weights(checkpoint, 'checkpoint', CHECKPOINT_MEND)
         file = os.path.expanduser(checkpoint)
         if cfg.get('resume') and os.path.isfile(file) and _step_of(file) < 0:
-            raise PreflightError(
+            raise ConfigError(
                 f'checkpoint {checkpoint} has weights, but no state of a training to resume: give '
                 'it to load_from instead (--cfg-options load_from=...)'
             )
@@ -163,7 +92,7 @@ def check_test_config(cfg: Config, checkpoint: str) -> None:
         checkpoint (str): Path, URL or model-zoo name of the checkpoint to test.
 
     Raises:
-        PreflightError: If the run would fail, or silently do something else than asked for.
+        ConfigError: If the run would fail, or silently do something else than asked for.
     """
     _check_model(cfg)
     _check_data(cfg, 'test')
@@ -173,12 +102,12 @@ def check_test_config(cfg: Config, checkpoint: str) -> None:
 def _check_model(cfg: Config) -> None:
     old = [key for key in _OF_2X if key in cfg]
     if old and not {'train_dataloader', 'test_dataloader'} & cfg.keys():
-        raise PreflightError(
+        raise ConfigError(
             f'the config has {", ".join(old)}, which are of MMDetection 2: write it anew, on one '
             'of the base configs of MMDetection 3'
         )
     if not isinstance(cfg.get('model'), dict):
-        raise PreflightError(
+        raise ConfigError(
             f'model is {reprlib.repr(cfg.get("model"))}, no dict: give a config of MMDetection, '
             "which files of detectron2's and Ultralytics' are not"
         )
@@ -193,7 +122,7 @@ def _check_model(cfg: Config) -> None:
             try:
                 check_shift(psbn_cfg['shift'])
             except ValueError as error:
-                raise PreflightError(f'{error} in {path}') from error
+                raise ConfigError(f'{error} in {path}') from error
 
 
 def _check_type(cfg: Config, path: str, kind: Any, what: str, usual: tuple[str, ...]) -> None:
@@ -211,12 +140,12 @@ def _check_type(cfg: Config, path: str, kind: Any, what: str, usual: tuple[str, 
             return
         if registry.scope != scope:  # a library that is not there
             return
-        names = {*_PSBN_CLASSES, *usual} if usual else set(registry.module_dict)
+        names = {*PSBN_CLASSES, *usual} if usual else set(registry.module_dict)
     of_lower = {name.lower(): name for name in sorted(names)}
     near = difflib.get_close_matches(kind.lower(), of_lower, 1)
     mend = f'use one of {", ".join(usual)}' if usual else 'add its module to custom_imports'
     mend = f'did you mean {of_lower[near[0]]!r}? Else {mend}' if near else mend
-    raise PreflightError(f'{path}.type: no {what} is named {kind!r}: {mend}')
+    raise ConfigError(f'{path}.type: no {what} is named {kind!r}: {mend}')
 
 
 def _check_data(cfg: Config, stage: str) -> None:
@@ -229,23 +158,10 @@ def _check_data(cfg: Config, stage: str) -> None:
             _check_file(metric.get('ann_file'), f'{path}.ann_file')
 
 
-def datasets_of(dataset: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Go through wrappers (ConcatDataset, RepeatDataset, ...) down to what reads files."""
-    if isinstance(dataset, (list, tuple)):
-        for index, part in enumerate(dataset):
-            yield from datasets_of(part, f'{path}.{index}')
-    elif isinstance(dataset, dict):
-        wrapped = [key for key in ('dataset', 'datasets') if key in dataset]
-        for key in wrapped:
-            yield from datasets_of(dataset[key], f'{path}.{key}')
-        if not wrapped:
-            yield path, dataset
-
-
 def _check_dataset(path: str, dataset: dict) -> None:
     if _is_remote(dataset):
         return
-    root = _text(dataset.get('data_root'), f'{path}.data_root', 'the folder of the data')
+    root = text_of(dataset.get('data_root'), f'{path}.data_root', 'the folder of the data')
     ann_file = dataset.get('ann_file')
     if isinstance(ann_file, str) and ann_file:
         _check_file(os.path.join(root, ann_file), f'{path}.ann_file', f'{path}.data_root')
@@ -261,9 +177,9 @@ def _check_file(file: Any, setting: str, mend: str = '') -> None:
         return
     advice = f'put the file there or set {mend or setting}'
     if not os.path.exists(file):
-        raise PreflightError(f'{setting}: {_shown(file)} does not exist: {advice}')
+        raise ConfigError(f'{setting}: {shown(file)} does not exist: {advice}')
     if not (os.listdir(file) if os.path.isdir(file) else os.path.getsize(file)):  # a folder of DOTA
-        raise PreflightError(f'{setting}: {_shown(file)} is empty: {advice}')
+        raise ConfigError(f'{setting}: {shown(file)} is empty: {advice}')
 
 
 def _check_folder(folder: str, setting: str, mend: str) -> None:
@@ -271,10 +187,10 @@ def _check_folder(folder: str, setting: str, mend: str) -> None:
         return
     advice = f'put the images there or set {mend}'
     if not os.path.isdir(folder):
-        raise PreflightError(f'{setting}: the folder {_shown(folder)} does not exist: {advice}')
+        raise ConfigError(f'{setting}: the folder {shown(folder)} does not exist: {advice}')
     with os.scandir(folder) as entries:
         if next(entries, None) is None:
-            raise PreflightError(f'{setting}: the folder {_shown(folder)} is empty: {advice}')
+            raise ConfigError(f'{setting}: the folder {shown(folder)} is empty: {advice}')
 
 
 def _is_remote(cfg: dict) -> bool:
@@ -298,7 +214,7 @@ def _check_weights(checkpoint: str, setting: str, mend: str) -> None:
     elif '://' not in source:
         source = os.path.expanduser(source)
         if not os.path.isfile(source):
-            raise PreflightError(f'{setting} {_shown(source)} does not exist: {mend}')
+            raise ConfigError(f'{setting} {shown(source)} does not exist: {mend}')
         _check_local_weights(source, setting)
 
 
@@ -309,7 +225,7 @@ def _resolve(checkpoint: str, setting: str, mend: str) -> str:
         try:
             table = mmengine_checkpoint.get_torchvision_models()
         except ImportError as error:
-            raise PreflightError(
+            raise ConfigError(
                 f'{setting} {checkpoint} needs torchvision ({one_line(error)}): install it, or '
                 f'{mend}'
             ) from error
@@ -321,7 +237,7 @@ def _resolve(checkpoint: str, setting: str, mend: str) -> str:
     else:
         return checkpoint
     if name not in table:
-        raise PreflightError(f'{setting} {checkpoint} is not in the table of {scheme}: {mend}')
+        raise ConfigError(f'{setting} {checkpoint} is not in the table of {scheme}: {mend}')
     if '://' in table[name]:
         return table[name]
     return os.path.join(mmengine_checkpoint._get_mmengine_home(), table[name])
@@ -340,7 +256,7 @@ def _check_last(last: Path, checkpoint: str) -> None:
         newest = None
     mend = f'give --resume {newest}, the newest that can be' if newest else 'train without --resume'
     what = f'names {checkpoint}, which cannot be resumed' if checkpoint else 'is empty'
-    raise PreflightError(f'{last} {what}, perhaps since a run was killed in a save: {mend}')
+    raise ConfigError(f'{last} {what}, perhaps since a run was killed in a save: {mend}')
 
 
 def _step_of(file: str | Path) -> int:
@@ -359,7 +275,7 @@ def _check_url(url: str, setting: str, mend: str) -> None:
     except (OSError, HTTPException, ValueError) as error:
         if getattr(error, 'code', None) in _STATUS_UNDECIDED:
             return
-        raise PreflightError(
+        raise ConfigError(
             f'{setting} {url} cannot be downloaded ({one_line(error)}): {mend}'
         ) from error
 
@@ -368,65 +284,10 @@ def _check_local_weights(file: str, setting: str) -> None:
     try:
         content = read_torch(file)
     except CheckpointError as error:
-        raise PreflightError(f'{setting} {error}') from error
+        raise ConfigError(f'{setting} {error}') from error
     state_dict = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state_dict, dict):
-        raise PreflightError(
+        raise ConfigError(
             f'{setting} {file} has no state dict, but a {type(state_dict).__name__} in its '
             'place: replace the file'
         )
-
-
-def psbn_of_config(cfg: Config) -> list[tuple[str, dict]]:
-    """The parts of a config that make psBN layers, with their paths."""
-    return [
-        (path, part)
-        for path, part in dicts(cfg.get('model'), 'model')
-        if type_name(part) in _PSBN_TYPES or part.get('norm') == 'psBN'  # of SwitchNorms
-    ]
-
-
-def type_name(cfg: Any) -> str:
-    """``type`` without the scope, which may be given as a class; the class of what is built."""
-    kind = cfg.get('type') if isinstance(cfg, dict) else type(cfg)
-    return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
-
-
-def is_pretrained(init_cfg: Any) -> bool:
-    """Whether an ``init_cfg`` loads weights from a file."""
-    return type_name(init_cfg) in ('Pretrained', 'PretrainedInit')
-
-
-def dicts(value: Any, path: str) -> Iterator[tuple[str, dict]]:
-    """Every dict in ``value`` with its path, in the notation of ``--cfg-options``."""
-    children: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        yield path, value
-        children = value.items()
-    elif isinstance(value, (list, tuple)):
-        children = enumerate(value)
-    for key, child in children:
-        yield from dicts(child, f'{path}.{key}')
-
-
-def _text(value: Any, setting: str, meant: str) -> str:
-    """A setting that is a text or a path, '' if it is not set."""
-    if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise PreflightError(f'{setting} is {reprlib.repr(value)}, no text: set it to {meant}')
-    return os.fspath(value or '')
-
-
-def _shown(path: str) -> str:
-    return path if os.path.isabs(path) else f'{path} (in {Path.cwd()})'
-
-
-def named(error: BaseException) -> str:
-    """Its class, and the first line of its text."""
-    name, line = type(error).__name__, one_line(error)
-    return name if line == name else f'{name}: {line}'
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or what kind of error it is."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip('.') if lines else type(error).__name__

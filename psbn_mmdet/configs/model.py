@@ -13,8 +13,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from ..checkpoints import CheckpointError
 from ..collapse import Structure, find_norms, trace_structure
-from .formats import CheckpointError
+from .reading import ConfigError, dicts, named, type_name
 
 SIDE = 256  # pixels; a multiple of all strides of the detectors
 # What models of MMEngine's libraries take, after their data preprocessors: an image, and frames of
@@ -53,24 +54,33 @@ def structure_of_config(cfg: Config, names: Collection[str]) -> Structure:
     return structure.renamed(prefix, '')
 
 
-def model_of_config(cfg: Config) -> nn.Module:
-    """Build a config's model, with random weights, for one process; the config is not changed.
+def build_model(cfg: Config) -> nn.Module:
+    """Build a config's model, with random weights, on the CPU; the config is not changed.
 
     Raises:
-        CheckpointError: If it cannot be built, or loads a file as it is, and that would run code.
+        ConfigError: If it cannot be built, or loads a file that would run code.
     """
-    try:
-        return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f'the model of {cfg.filename} loads a file that may run any code: name another in the '
-            'config, or leave out the config'
-        ) from error
-    except Exception as error:  # whatever a model of somebody's own may raise
-        raise CheckpointError(
-            f'the model of {cfg.filename} cannot be built ({type(error).__name__}: {error}): '
-            'correct the config, or leave it out'
-        ) from error
+    model = copy.deepcopy(cfg.model)
+    for _, part in dicts(model, ''):
+        if type_name(part) in ('MMSyncBN', 'SyncBatchNorm'):
+            part['type'] = 'SyncBN'  # mmcv's cannot be built before there is a process group
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
+        try:
+            return MODELS.build(model)
+        except pickle.UnpicklingError as error:
+            raise ConfigError(
+                f'the model of {cfg.filename} loads a file that may run any code: name another in '
+                'the config'
+            ) from error
+        except Exception as error:  # whatever a user's model may raise
+            raise ConfigError(
+                f'the model of the config cannot be built ({named(error)}): correct the config'
+            ) from error
+
+
+def model_of_config(cfg: Config) -> nn.Module:
+    """The same, for one process: SyncBN, which needs several, becomes BN."""
+    return revert_sync_batchnorm(build_model(cfg))
 
 
 def prefix_in_model(cfg: Config, model: nn.Module, names: Collection[str]) -> str:

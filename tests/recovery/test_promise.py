@@ -138,7 +138,7 @@ def test_outputs_are_the_same_until_a_filter_opens(name, tmp_path, caplog):
 
 def test_there_are_enough_of_them_and_the_comparison_would_tell(tmp_path, monkeypatch):
     assert len(NETWORKS) >= 60 and sum(opens for _, _, opens, _ in NETWORKS.values()) >= 40
-    monkeypatch.setattr('psbn_mmdet.collapse.recovery._Layer._most_of', lambda x, _: x.index * 0.0)
+    monkeypatch.setattr('psbn_mmdet.recovery.recovery._Layer._most_of', lambda x, _: x.index * 0.0)
     monkeypatch.setattr('psbn_mmdet.collapse.structure._rectifier', lambda *_: 'relu')
     net, _ = build('not rectified by, abs')
     net.last.weight.register_hook(torch.zeros_like)

@@ -15,10 +15,10 @@ from torch import nn
 
 from psbn_mmdet.collapse import census_of_model, find_norms
 from psbn_mmdet.commands.audit import main
-from psbn_mmdet.forecast import make_forecast, read_schedule
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.recovery.forecast import make_forecast, read_schedule
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Filters of gamma = 0 at several depths: what the decay has to overcome.
 DEPTHS = {0: 0.12, 1: 0.2, 2: 0.3, 4: 0.5, 5: 1.0}
 SGD = dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.05)

@@ -22,16 +22,12 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from psbn_mmdet import launch
-from psbn_mmdet.launch import run_script
+from psbn_mmdet.commands.launch import run_script
+from psbn_mmdet.commands.preflight import check_test_config, check_train_config
+from psbn_mmdet.configs.reading import ConfigError, load_config
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
-from psbn_mmdet.preflight import (
-    PreflightError,
-    check_test_config,
-    check_train_config,
-    load_config,
-)
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / 'configs' / 'psbn'
+CONFIG_DIR = Path(__file__).resolve().parents[2] / 'configs' / 'psbn'
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +68,7 @@ def psbn_checkpoint(tmp_path) -> str:
 
 def refusal(check, *arguments) -> str:
     """The one sentence with which ``check`` refuses."""
-    with pytest.raises(PreflightError) as info:
+    with pytest.raises(ConfigError) as info:
         check(*arguments)
     sentence = str(info.value)
     assert '\n' not in sentence and not sentence.endswith('.')

@@ -15,10 +15,10 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from .commands import printable
-from .hooks.data_check_hook import explain
-from .norm_switch import add_hook
-from .preflight import PreflightError, load_config, one_line
+from ..configs.norm_switch import add_hook
+from ..configs.reading import ConfigError, load_config, one_line
+from ..hooks.data_check_hook import explain
+from . import printable
 
 
 def run_script(
@@ -66,7 +66,7 @@ def run_script(
         if then is not None:
             then(args, cfg)
     except Exception as error:
-        known = error if isinstance(error, PreflightError) else explain(error, cfg)
+        known = error if isinstance(error, ConfigError) else explain(error, cfg)
         if known is None:
             raise
         # Once on each machine, since a file may be missing on one of them only.
@@ -85,7 +85,7 @@ def _load_script(name: str) -> ModuleType:
     try:
         import mmdet
     except (ImportError, AssertionError) as error:  # it asserts the versions of the others
-        raise PreflightError(
+        raise ConfigError(
             f'MMDetection cannot be imported ({one_line(error)}): install it with '
             "`pip install --no-build-isolation -e '.[onedl]'` in a checkout of psbn_mmdet"
         ) from error
@@ -96,7 +96,7 @@ def _load_script(name: str) -> ModuleType:
     if not path.is_file() and (package.parent / 'setup.py').is_file():
         path = package.parent / 'tools' / name
     if not path.is_file():
-        raise PreflightError(
+        raise ConfigError(
             f'tools/{name} of MMDetection is neither in {package / ".mim"} nor beside it: install '
             'MMDetection with pip'
         )

@@ -32,10 +32,10 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
 )
 
+from ..collapse.gradients import let_hooks_run
+from ..collapse.structure import Structure, in_backward
 from ..layers import PostShiftedBatchNorm
-from .gradients import let_hooks_run
 from .restore import restore
-from .structure import Structure, in_backward
 
 # Averages of gradients, which are 0 where none comes.
 _MOMENTS = {

@@ -21,8 +21,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-# Convolutions whose weights are what they multiply by; subclasses may do something else.
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 LOST = 0.1  # of the usual norm; below it weights have decayed, above it they only differ
 
 

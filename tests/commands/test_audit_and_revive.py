@@ -25,7 +25,7 @@ import psbn_mmdet  # noqa: F401
 from psbn_mmdet.checkpoints import read_content
 from psbn_mmdet.collapse import find_norms
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/psbn/retinanet_r50_fpn_psbn_1x_coco.py'
 
 

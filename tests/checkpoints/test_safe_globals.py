@@ -17,7 +17,7 @@ from torch import nn
 
 from psbn_mmdet import safe_globals
 from psbn_mmdet.checkpoints import CheckpointError, read_content, read_weights
-from psbn_mmdet.safe_globals import load_plain
+from psbn_mmdet.checkpoints.safe_globals import load_plain
 
 takes_names = pytest.mark.skipif(
     not safe_globals.TAKES_NAMES, reason='torch takes safe globals with names from 2.6 on'
@@ -62,7 +62,7 @@ def test_mmengine_loads_checkpoints_and_nothing_else_where_weights_only_are_forc
         from functools import partial
         from mmengine.runner import CheckpointLoader
         import psbn_mmdet
-        from psbn_mmdet.safe_globals import load_plain
+        from psbn_mmdet.checkpoints.safe_globals import load_plain
 
         load_silently = partial(CheckpointLoader.load_checkpoint, logger='silent')
         seen = []

@@ -9,7 +9,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from psbn_mmdet.checkpoints import CheckpointError, structure_of_config
+from psbn_mmdet.checkpoints import CheckpointError
+from psbn_mmdet.configs.model import structure_of_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/psbn'
 

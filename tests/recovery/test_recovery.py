@@ -12,8 +12,9 @@ from limits import HANG
 from torch import nn
 from torch.nn import functional as F
 
-from psbn_mmdet.collapse import Recovery, Structure, decay_per_step, trace_structure
+from psbn_mmdet.collapse import Structure, trace_structure
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.recovery import Recovery, decay_per_step
 
 # gamma and beta of closed filters: dead, vanished and closed, turned around, deep, at rest.
 CLOSED = {1: (0.05, -0.6), 2: (0.0, -0.3), 4: (-0.1, -0.8), 5: (0.5, -4.0), 7: (0.0, -0.11)}

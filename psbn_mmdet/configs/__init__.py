@@ -1,0 +1,1 @@
+"""Configs of MMDetection: reading them, building their models, switching their norms."""
