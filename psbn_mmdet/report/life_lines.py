@@ -85,17 +85,12 @@ def _draw_lives(ax: Axes, lives: Sequence[Life], colour: str, width: float, bord
     dense = len(revivals) > 2000  # too many for circles, and for an SVG
     ax.add_collection(LineCollection(lines, colors=colour, linewidths=width, rasterized=dense))
     size = (1.8 * width + 1) ** 2
-    if dense:
-        ticks: Any = dict(marker='|', facecolor='black', linewidth=0.4, rasterized=True)
-        x, y = zip(*revivals)
-        ax.scatter(x, y, s=width**2, **ticks, zorder=3)
-    elif revivals:
-        circles: Any = dict(marker='o', facecolor='white', edgecolor='black', linewidth=0.7)
-        x, y = zip(*revivals)
-        ax.scatter(x, y, s=size, **circles, zorder=3)
+    circles: Any = dict(s=size, marker='o', facecolor='white', edgecolor='black', linewidth=0.7)
+    ticks: Any = dict(s=width**2, marker='|', facecolor='black', linewidth=0.4, rasterized=True)
+    if revivals:
+        ax.scatter(*zip(*revivals), **(ticks if dense else circles), zorder=3)
     if openings:
-        x, y = zip(*openings)
-        ax.scatter(x, y, **RECOVERED, s=size, zorder=4)
+        ax.scatter(*zip(*openings), **(RECOVERED | dict(s=size)), zorder=4)
 
 
 def _joined(
