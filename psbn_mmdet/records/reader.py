@@ -175,7 +175,9 @@ class _ReportReader:
         self._sizes = sizes
         self._iteration = -1
         nothing: list = [None] * len(sizes)
-        self._last = dict.fromkeys((*COUNTS, RECOVERED), (nothing, nothing))
+        # By kind the ranges and counts of the last report: most are those of the next one, too.
+        self._last: dict[str, tuple[list, list, int | None]]
+        self._last = dict.fromkeys((*COUNTS, RECOVERED), (nothing, nothing, None))
 
     def add_counts(self, report: dict[str, Any]) -> None:
         """Add ``layers`` and ``total``, the counts by kind, to a report."""
@@ -188,23 +190,24 @@ class _ReportReader:
             check_number(rate)
         channels = report['channels']
         kinds = (*COUNTS, RECOVERED) if RECOVERED in channels else COUNTS
-        report['layers'] = {kind: self._count(kind, channels[kind]) for kind in kinds}
+        counts = {kind: self._count(kind, channels[kind]) for kind in kinds}
+        report['layers'] = {kind: by_layer for kind, (by_layer, _) in counts.items()}
+        report['total'] = {kind: total for kind, (_, total) in counts.items()}
         for kind in ('collapsed', 'new', 'revived'):
             if None in channels[kind]:
                 raise ValueError(f'the {kind} channels of a layer are unknown')
-        known = {kind: [n for n in report['layers'][kind] if n is not None] for kind in kinds}
-        report['total'] = {kind: sum(n) if n else None for kind, n in known.items()}
 
-    def _count(self, kind: str, ranges: list[str | None]) -> list[int | None]:
-        """The number of channels in each layer; only what differs from the last is parsed."""
-        last_ranges, last_counts = self._last[kind]
-        if ranges == last_ranges:
-            return last_counts
-        if not isinstance(ranges, list) or len(ranges) != len(self._sizes):
-            raise ValueError(f'{reprlib.repr(ranges)} are no {kind} channels of each layer')
-        counts = [
-            count if new == old else None if new is None else int(parse_ranges(new, size).sum())
-            for new, old, count, size in zip(ranges, last_ranges, last_counts, self._sizes)
-        ]
-        self._last[kind] = ranges, counts
-        return counts
+    def _count(self, kind: str, ranges: list[str | None]) -> tuple[list[int | None], int | None]:
+        """Count the channels of each layer and of all, parsing only what is not as before."""
+        last_ranges, layers, total = self._last[kind]
+        if ranges != last_ranges:
+            if not isinstance(ranges, list) or len(ranges) != len(self._sizes):
+                raise ValueError(f'{reprlib.repr(ranges)} are no {kind} channels of each layer')
+            layers = [
+                count if new == old else None if new is None else int(parse_ranges(new, size).sum())
+                for new, old, count, size in zip(ranges, last_ranges, layers, self._sizes)
+            ]
+            known = [count for count in layers if count is not None]
+            total = sum(known) if known else None
+            self._last[kind] = ranges, layers, total
+        return layers, total
