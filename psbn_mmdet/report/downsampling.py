@@ -6,7 +6,7 @@ import numpy as np
 
 
 def downsample(x: np.ndarray, y: np.ndarray, limit: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """Thin a curve for drawing.
+    """Reduce a curve to what can be drawn.
 
     Of each of ``limit / 4`` stretches of the curve the first, last, lowest and highest point are
     kept. A stretch without any number keeps one NaN, so that the gap is seen.
@@ -35,8 +35,8 @@ def downsample(x: np.ndarray, y: np.ndarray, limit: int = 2000) -> tuple[np.ndar
 class HeatMapColumns:
     """Rows of counts that arrive one by one, as a bounded number of columns.
 
-    Neighbours are merged, two and two, whenever there are twice as many as wanted; the larger
-    count stands.
+    Neighbouring columns are merged in pairs whenever there are twice as many as wanted. The larger
+    count of a pair is kept.
 
     Args:
         rows (int): Number of counts L that each arrival has.
