@@ -198,13 +198,12 @@ def time_detector(name: str, steps: int, data_root: str) -> dict:
         attach(runner, [hook])
         inside = [0.0]
         timed = partial(summed, inside)
-        for group in hook._watch._groups:
+        monitor = hook._monitor
+        for group in monitor.watch._groups:
             group.observe = timed(group.observe)
 
         def paired(watched: bool) -> float:
             start = now(device)
-            if watched:
-                timed(hook.before_train_iter)(runner, 0)
             runner.model.train_step(batch, runner.optim_wrapper)
             if watched:
                 timed(hook.after_train_iter)(runner, 0)
@@ -217,7 +216,7 @@ def time_detector(name: str, steps: int, data_root: str) -> dict:
         for pair in range(steps):
             times = {}
             for watched in (True, False) if pair % 2 else (False, True):
-                hook._watch.active = False
+                monitor.watch.active = watched
                 inside[0] = 0.0
                 times[watched] = paired(watched)
                 if watched:

@@ -12,14 +12,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / 'psbn_mmdet'
 # Their texts are parts of other errors, or of warnings, which name the file and the fix.
 REASONS = {
-    'collapse/recovery.py',
-    'forecast.py',
-    'hooks/lineage.py',
+    'recovery/recovery.py',
+    'recovery/forecast.py',
+    'collapse/monitor.py',
     'records/ranges.py',
     'records/reader.py',
     'records/snapshots.py',
     'report/events.py',
-    'safe_globals.py',
+    'checkpoints/safe_globals.py',
 }
 
 

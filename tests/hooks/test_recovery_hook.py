@@ -10,8 +10,8 @@ from mmengine.runner import Runner
 from small_run import Classifier, Images, channels_of, collate, records_of, run, texts
 from torch import nn
 
-from psbn_mmdet.recovery import recovery
 from psbn_mmdet.layers import PostShiftedBatchNorm2d
+from psbn_mmdet.recovery import recovery
 
 KILLED = {'stem.1': [0, 3, 4], 'head.1': [7]}
 HOOKS_ON = [

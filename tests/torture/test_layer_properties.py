@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from psbn_mmdet.hooks import CollapseHook, RecoveryHook
-from psbn_mmdet.records import COUNTS
 from psbn_mmdet.layers import (
     PostShiftedBatchNorm1d,
     PostShiftedBatchNorm2d,
     PostShiftedBatchNorm3d,
     PostShiftedSyncBatchNorm,
 )
+from psbn_mmdet.records import COUNTS
 
 PSBN = {
     PostShiftedBatchNorm1d: (nn.BatchNorm1d, ()),
