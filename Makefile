@@ -4,6 +4,7 @@
 STACK ?= onedl
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 ARGS ?=
+STUDIES := law when recovery detection decay scratch finetuning imagenet cifar costs alpha networks shrink
 # One file runs in one worker, in order: its tests share costly fixtures.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -59,18 +60,7 @@ gpu: setup  ## check and measure everything on a GPU; ARGS='--minutes 3 --device
 	@$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 evidence: setup-dev  ## test the paper's claims; ARGS=--quick for a smoke run
-	@$(VENV)/bin/python benchmarks/evidence/law.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/when.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/recovery.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/detection.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/decay.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/scratch.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/finetuning.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/imagenet.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/cifar.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/costs.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/alpha.py $(ARGS)
-	@$(VENV)/bin/python benchmarks/evidence/networks.py $(ARGS)
+	@$(foreach study,$(STUDIES),$(VENV)/bin/python benchmarks/evidence/$(study).py $(ARGS) &&) true
 
 zoo: setup-dev  ## the checks and --norm psBN on every config of MMDetection, about an hour
 	@$(VENV)/bin/python benchmarks/zoo_data.py $(ARGS)

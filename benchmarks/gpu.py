@@ -33,7 +33,7 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[1:1] = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'demo')]
+sys.path[1:1] = [str(ROOT / name) for name in ('', 'benchmarks/evidence', 'tests', 'demo')]
 
 import gpu_fast  # noqa: E402
 import gpu_right  # noqa: E402

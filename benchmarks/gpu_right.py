@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from cifar_resnet import CifarResNet
+from cifar10 import CifarResNet
 from hook_overhead import DETECTORS, attach, close, ready, step
 from mmengine.hooks import Hook
 from naive import ALPHA, NaivePSBN2d

@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_resnet import CifarResNet
+from cifar10 import BATCH, REGIMES, CifarResNet, augmented, load_images, normalised
+from study import contrast, mean_ci
 from timing import now
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psbn_mmdet.collapse import GradientWatch, census_of_model, find_norms, trace_structure
 from psbn_mmdet.layers import switch_norms
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / 'evidence'))
-
-from cifar_data import BATCH, REGIMES, augmented, load_images, normalised
-from common import contrast, mean_ci
 
 ARMS = ('BN', 'psBN')
 STEPS = 64_000

@@ -7,18 +7,20 @@ trained as it would be alone, with initial weights and batches drawn from its ow
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
 import torch
-from common import ROOT  # noqa: F401  # puts the repository on the path
+from closed import Arrivals, Reach, converted
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psbn_mmdet.collapse import (
+    RECTIFIERS,
     Census,
     GradientWatch,
     Structure,
@@ -31,6 +33,7 @@ from psbn_mmdet.records import KINDS
 
 BATCH = 32
 WINDOW = 100  # last steps, in which a trapped filter gets no gradient
+COLLAPSING = dict(lr=1.0, weight_decay=5e-4)  # where most filters are trapped, see when.py
 SLOPE = 0.1  # of LeakyReLU, as in Darknet
 OPTIMISERS = {
     'sgd': lambda params, **kwargs: torch.optim.SGD(params, momentum=0.9, **kwargs),
@@ -259,3 +262,57 @@ def train_from_scratch(
         {'seed': seed, **{kind: counts[kind][i] for kind in counts}, 'accuracy': scores[i]}
         for i, seed in enumerate(seeds)
     ]
+
+
+@cache
+def collapsed_nets(arch: str, seeds: tuple[int, ...], steps: int) -> tuple[Nets, dict, dict]:
+    """Networks trained until filters are trapped: with the masks, and how far xhat reaches."""
+    data = load_data()
+    nets = Nets(arch, 'BN', 'relu', seeds)
+    optimizer = OPTIMISERS['sgd'](nets.parameters(), **COLLAPSING)
+    found = train_and_count(nets, data, optimizer, steps)
+    probe = copy.deepcopy(nets)
+    reach = Reach(probe)
+    with torch.no_grad():
+        for batch in draw_batches(data, seeds, 40, first=2):
+            loss_of(probe, data, batch)
+    return nets, {layer.name: layer.trapped for layer in found.layers}, reach.largest
+
+
+def train_further(
+    arch: str,
+    arm: str,
+    lr: float,
+    weight_decay: float,
+    steps: int,
+    seeds: Sequence[int],
+    shift: float = 0.1,
+    steps_before: int = 500,
+) -> list[dict]:
+    """Train collapsed networks further: a row for each of their trapped filters before a ReLU."""
+    data = load_data()
+    start, trapped, reach = collapsed_nets(arch, tuple(seeds), steps_before)
+    structure = structure_of(start, data)
+    nets = converted(start, arm, structure, shift)
+    optimizer = OPTIMISERS['sgd'](nets.parameters(), lr=lr, weight_decay=weight_decay)
+    arrivals = Arrivals(optimizer, nets)
+    train(nets, data, optimizer, draw_batches(data, seeds, steps, 3), after_step=arrivals.look)
+    arrivals.close()
+    before = accuracy(start, data)
+    found = train_and_count(nets, data, optimizer, max(WINDOW, steps // 4), first=4)
+    scores = accuracy(nets, data)
+    rows = [
+        {
+            'seed': seeds[channel * len(seeds) // len(trapped[name])],
+            **arrivals.fate(name, channel, reach, shift, lr=lr, weight_decay=weight_decay),
+            'trapped_at_end': int(found[name].trapped[channel]),
+            'gamma_at_end': float(found[name].gamma[channel]),
+        }
+        for name in trapped
+        if structure.rectifiers.get(name) in RECTIFIERS
+        for channel in np.flatnonzero(trapped[name])
+    ]
+    networks = [
+        {'seed': seed, 'before': before[i], 'accuracy': scores[i]} for i, seed in enumerate(seeds)
+    ]
+    return [{'filters': rows, 'networks': networks}]

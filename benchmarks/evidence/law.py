@@ -13,47 +13,54 @@ With e = lr * sigma / |gamma| and z ~ N(0, 1), a step moves log|gamma| by E log|
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from common import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    Experiment,
-    local_slopes,
-    mean_ci,
-    share_ci,
-    slope_ci,
-    table,
-)
 from digits import Nets, by_net, draw_batches, load_data, loss_of, structure_of, train
 from matplotlib.figure import Figure
-from scipy import integrate, optimize, special
+from scipy import integrate, optimize, special, stats
+from study import Study, group_by, lines, markdown_table, mean_ci, rows_of, table
 from torch import nn
 
 from psbn_mmdet.collapse import RECTIFIERS, find_norms
 from psbn_mmdet.layers import rectifier_closed
 
+STUDY = Study('law', __doc__)
 PARAMETERS = np.geomspace(0.002, 4, 23)  # e of the one-step drift
-SPREADS = (
-    0.25,
-    0.3,
-    0.35,
-    0.42,
-    0.5,
-    0.7,
-    1,
-    1.4,
-    2,
-    2.8,
-    4,
-    8,
-    16,
-    32,
-)  # lr sigma sqrt(N) / gamma
+# lr sigma sqrt(N) / gamma
+SPREADS = (0.25, 0.3, 0.35, 0.42, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 8, 16, 32)
+
+
+def share_ci(count: int, total: int) -> list[float]:
+    """A share and Wilson's 95 % confidence interval."""
+    interval = stats.binomtest(int(count), int(total)).proportion_ci(method='wilson')
+    return _rounded(count / total, interval.low, interval.high)
+
+
+def slope_ci(x: Sequence[float], y: Sequence[float]) -> list[float]:
+    """Slope of log y over log x by least squares, and its 95 % confidence interval."""
+    x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    fit = stats.linregress(x, y)
+    half = stats.t.ppf(0.975, len(x) - 2) * fit.stderr if len(x) > 2 else math.nan
+    return _rounded(fit.slope, fit.slope - half, fit.slope + half)
+
+
+def local_slopes(
+    x: Sequence[float], y: Sequence[float], standard_error: Sequence[float]
+) -> list[list[float]]:
+    """Slopes of log y over log x from each point to the next: x between, slope, interval."""
+    x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    relative = np.asarray(standard_error, float) / np.exp(y)
+    slope = np.diff(y) / np.diff(x)
+    half = 1.96 * np.hypot(relative[1:], relative[:-1]) / np.abs(np.diff(x))
+    rows = zip(np.exp((x[1:] + x[:-1]) / 2), slope, slope - half, slope + half)
+    return [_rounded(*row) for row in rows]
+
+
+def _rounded(*values: float) -> list[float]:
+    return [float(f'{value:.5g}') if math.isfinite(value) else None for value in values]
 
 
 def expected_drift(e: float) -> float:
@@ -89,8 +96,6 @@ def one_step(lr: float, gamma: float, channels: int, seed: int) -> list[dict]:
     smaller = (((1 + e).abs() < 1).double() + ((1 - e).abs() < 1).double()).mean() / 2
     return [
         {
-            'lr': lr,
-            'gamma': gamma,
             'sigma': float(grad.square().mean().sqrt()),
             'drift': float(change.mean()),
             'standard_error': float(change.std() / channels**0.5),
@@ -114,14 +119,12 @@ def walk(lr: float, gamma: float, steps: int, channels: int, seed: int) -> list[
             inside = rectifier_closed(layer.weight, layer.bias)
             entered |= inside
         if step in (steps // 16, steps // 4, steps):
-            row = {'lr': lr, 'gamma': gamma, 'steps': step, 'channels': channels}
-            size = float(layer.weight.detach().abs().log().mean().exp())
             rows.append(
                 {
-                    **row,
+                    'steps': step,
                     'entered': int(entered.sum()),
                     'inside': int(inside.sum()),
-                    'geometric_mean_gamma': size,
+                    'geometric_mean_gamma': float(layer.weight.detach().abs().log().mean().exp()),
                 }
             )
     return rows
@@ -232,35 +235,30 @@ def real_walk(arch: str, lr: float, gamma: float, steps: int, seeds: Sequence[in
 def settings(quick: bool) -> list[dict]:
     """All runs; 'part' says of what."""
     channels, steps, seeds = (500, 64, [0, 1]) if quick else (20000, 1000, list(range(10)))
-    parameters = PARAMETERS[::4] if quick else PARAMETERS
+    parameters = (PARAMETERS[::4] if quick else PARAMETERS).tolist()
     spreads = SPREADS[2::5] if quick else SPREADS
     archs = ('vgg',) if quick else ('vgg', 'resnet')
     root = steps**0.5
-    walks = channels // 5
+    drifts = [(e, 1.0) for e in parameters] + [(0.1, 0.1 / e) for e in parameters]
+    walks = [(s / root, 1.0) for s in spreads] + [(0.03, 0.03 * root / s) for s in spreads]
+    pairs = [(lr, 0.1) for lr in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)]
+    pairs += [(0.1, gamma) for gamma in (0.01, 0.02, 0.05, 0.2, 0.5)]
+    short = dict(seeds=seeds, steps=steps // 3)
     runs = [
         dict(part='one_step', lr=lr, gamma=gamma, channels=channels, seed=seed)
-        for seed, (lr, gamma) in enumerate(
-            [(e, 1.0) for e in parameters.tolist()] + [(0.1, 0.1 / e) for e in parameters.tolist()]
-        )
+        for seed, (lr, gamma) in enumerate(drifts)
     ]
     runs += [
-        dict(part='walk', lr=lr, gamma=gamma, steps=steps, channels=walks, seed=seed)
-        for seed, (lr, gamma) in enumerate(
-            [(s / root, 1.0) for s in spreads] + [(0.03, 0.03 * root / s) for s in spreads]
-        )
+        dict(part='walk', lr=lr, gamma=gamma, steps=steps, channels=channels // 5, seed=seed)
+        for seed, (lr, gamma) in enumerate(walks)
     ]
     runs += [
-        dict(
-            part='real_noise', arch=arch, spread=spread, seeds=seeds, steps=steps // 3, batches=256
-        )
+        dict(part='real_noise', arch=arch, spread=spread, batches=256, **short)
         for arch in archs
         for spread in ('filters', 'layers')
     ]
-    lrs = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    gammas = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    pairs = [(lr, 0.1) for lr in lrs] + [(0.1, gamma) for gamma in gammas if gamma != 0.1]
     runs += [
-        dict(part='real_walk', arch=arch, lr=lr, gamma=gamma, steps=steps // 3, seeds=seeds)
+        dict(part='real_walk', arch=arch, lr=lr, gamma=gamma, **short)
         for arch in archs
         for lr, gamma in (pairs[::3] if quick else pairs)
     ]
@@ -301,26 +299,19 @@ def slopes_of_walk(rows: list[dict], over: str) -> dict:
     }
 
 
-def share_by_run(runs: list[tuple[dict, list[dict]]]) -> list[dict]:
+def share_by_run(records: list[dict]) -> list[dict]:
     """Of the real networks: mean share of the counted filters that entered, over seeds."""
     rows = []
-    for setting, seeds in runs:
+    for (arch, lr, gamma), seeds in group_by(records, 'arch', 'lr', 'gamma').items():
         shares = [row['entered'] / row['filters'] for row in seeds]
         mean, low, high = mean_ci(shares)
-        row = {key: setting[key] for key in ('arch', 'lr', 'gamma')}
-        error = float(np.std(shares, ddof=1) / len(shares) ** 0.5)
-        rows.append({**row, 'share': mean, 'low': low, 'high': high, 'standard_error': error})
+        row = {'arch': arch, 'lr': lr, 'gamma': gamma, 'share': mean, 'low': low, 'high': high}
+        rows.append({**row, 'standard_error': float(np.std(shares, ddof=1) / len(shares) ** 0.5)})
     return rows
 
 
-def summarise(finished: list[tuple[dict, list[dict]]]) -> dict:
-    """Tables of all runs, slopes and the regime's boundaries."""
-    parts: dict[str, list] = {}
-    for setting, rows in finished:
-        parts.setdefault(setting['part'], []).append((setting, rows))
-    steps = [row for _, rows in parts['one_step'] for row in rows]
-    walks = [row for _, rows in parts['walk'] for row in rows]
-    shares = share_by_run(parts['real_walk'])
+def powers(steps: list[dict], walks: list[dict], shares: list[dict]) -> dict:
+    """The slopes of everything measured; of walks those at their end."""
     last = max(row['steps'] for row in walks)
     ends = [row for row in walks if row['steps'] == last]
     slopes = {
@@ -329,167 +320,136 @@ def summarise(finished: list[tuple[dict, list[dict]]]) -> dict:
         'entering over lr': slopes_of_walk([row for row in ends if row['gamma'] == 1], 'lr'),
         'entering over gamma': slopes_of_walk([row for row in ends if row['gamma'] != 1], 'gamma'),
     }
-    for arch in dict.fromkeys(row['arch'] for row in shares):
+    for (arch,), rows in group_by(shares, 'arch').items():
         for over, fixed in (('lr', 'gamma'), ('gamma', 'lr')):
-            rows = [
-                row
-                for row in shares
-                if row['arch'] == arch and row[fixed] == 0.1 and row['share'] > 0
-            ]
-            rows.sort(key=lambda row: row[over])
-            x, y = ([row[key] for row in rows] for key in (over, 'share'))
+            found = [row for row in rows if row[fixed] == 0.1 and row['share'] > 0]
+            found.sort(key=lambda row: row[over])
+            x, y = ([row[key] for row in found] for key in (over, 'share'))
             slopes[f'{arch}: entering over {over}'] = {
                 'slope': slope_ci(x, y) if len(x) > 1 else None,
-                'local': local_slopes(x, y, [row['standard_error'] for row in rows]),
+                'local': local_slopes(x, y, [row['standard_error'] for row in found]),
             }
-    noises = []
-    curves = []
-    for setting, (row,) in parts['real_noise']:
-        kind = {'arch': setting['arch'], 'spread': setting['spread']}
-        low = [point for point in row['over_lr'] if point['e'] <= 0.05]
-        over_lr = slope_ci([p['lr'] for p in low], [-p['drift'] for p in low])
-        noises.append({**kind, **row, 'over_lr': over_lr})
-        curves += [{**kind, **point} for point in row['over_lr']]
+    return slopes
+
+
+def power_over_lr(points: list[dict]) -> list[float]:
+    """Of the drift by a network's own noise, where e is small."""
+    low = [point for point in points if point['e'] <= 0.05]
+    return slope_ci([p['lr'] for p in low], [-p['drift'] for p in low])
+
+
+def boundaries(slopes: dict, steps: int) -> dict:
+    """Where the law of the drift ends, and where entering follows a square."""
     local = np.array(slopes['entering over lr']['local'])[::-1]
-    spread = np.exp(np.interp(2, local[:, 1], np.log(local[:, 0] * last**0.5)))
+    spread = np.exp(np.interp(2, local[:, 1], np.log(local[:, 0] * steps**0.5)))
     steepest = optimize.minimize_scalar(expected_drift, bounds=(0.3, 1.5), method='bounded')
     return {
-        'law': {
-            'steepest_at_e': round(steepest.x, 4),
-            'steepest_drift': round(steepest.fun, 4),
-            'no_drift_at_e': round(optimize.brentq(expected_drift, 1, 4), 4),
-            'entering_has_power_2_at': round(float(spread), 2),
-        },
+        'steepest_at_e': round(steepest.x, 4),
+        'steepest_drift': round(steepest.fun, 4),
+        'no_drift_at_e': round(optimize.brentq(expected_drift, 1, 4), 4),
+        'entering_has_power_2_at': round(float(spread), 2),
+    }
+
+
+def summarise(records: list[dict]) -> dict:
+    """Tables of all runs, slopes and the regime's boundaries."""
+    parts = {part: rows for (part,), rows in group_by(records, 'part').items()}
+    walks, shares = parts['walk'], share_by_run(parts['real_walk'])
+    slopes = powers(parts['one_step'], walks, shares)
+    noises, curves = [], []
+    for row in parts['real_noise']:
+        kind = {'arch': row['arch'], 'spread': row['spread']}
+        curves += [{**kind, **point} for point in row['over_lr']]
+        keys = ('over_gamma', 'filters', 'sigma', 'lr_where_noise_equals_mean')
+        measured = {key: row[key] for key in keys}
+        noises.append({**kind, 'over_lr': power_over_lr(row['over_lr']), **measured})
+    return {
+        'law': boundaries(slopes, max(row['steps'] for row in walks)),
         'slopes': slopes,
         'real_noise': noises,
-        'one_step': table(steps),
+        'one_step': table(parts['one_step']),
         'walk': table(walks),
         'real_walk': table(shares),
         'real_drift': table(curves),
     }
 
 
-def draw(summary: dict) -> Figure:
-    """Drift, entering, its power, and real networks."""
-    figure = Figure(figsize=(10, 8), layout='constrained')
-    axes = figure.subplots(2, 2)
-    steps, walks, shares, curves = (
-        [dict(zip(summary[name]['columns'], row)) for row in summary[name]['rows']]
-        for name in ('one_step', 'walk', 'real_walk', 'real_drift')
-    )
-    ax = axes[0, 0]
-    e = np.geomspace(1e-3, 4, 400)
-    exact = np.array([expected_drift(value) for value in e])
-    ax.plot(e, e**2 / 2, '--', color=GREY, label='$e^2/2$')
-    ax.plot(e, np.where(exact < 0, -exact, np.nan), color='black', lw=1, label='exact, to sparser')
-    ax.plot(e, np.where(exact > 0, exact, np.nan), ':', color='black', label='exact, to larger')
-    for colour, chosen, label in (
-        (BLUE, [row for row in steps if row['gamma'] == 1], 'BN + ReLU, lr varied'),
-        (ORANGE, [row for row in steps if row['gamma'] != 1], 'BN + ReLU, gamma varied'),
-    ):
-        x = [row['lr'] / row['gamma'] for row in chosen]
-        ax.plot(x, [abs(row['drift']) for row in chosen], 'o', ms=4, color=colour, label=label)
-    real = [row for row in curves if row['spread'] == 'filters' and 1e-3 < row['e'] < 4]
-    x, y = [row['e'] for row in real], [abs(row['drift']) for row in real]
-    ax.plot(x, y, 'x', ms=4, color=GREEN, label='trained networks, e as r.m.s.')
-    ax.set(xscale='log', yscale='log', ylim=(1e-7, 3))
-    ax.set_xlabel('e = lr sigma / |gamma|')
-    ax.set_ylabel('|drift of log |gamma|| per step')
-    slope = summary['slopes']['drift over lr']['slope']
-    law = summary['law']
-    ax.set_title(
-        f'Drift: lr to the power {slope[0]:.2f} up to e = 0.1, '
-        f'\nto larger beyond e = {law["no_drift_at_e"]:.2f}',
-        fontsize=10,
-    )
-    ax.legend(fontsize=7)
-
-    ax = axes[0, 1]
-    counts = sorted({row['steps'] for row in walks})
-    for number, marker in zip(counts, 'v^o'):
-        for colour, varied in ((BLUE, 'lr'), (ORANGE, 'gamma')):
-            chosen = [
-                row
-                for row in walks
-                if row['steps'] == number and (row['gamma'] == 1) == (varied == 'lr')
-            ]
-            x = [row['lr'] * number**0.5 / row['gamma'] for row in chosen]
-            y = [row['entered'] / row['channels'] or np.nan for row in chosen]
-            label = f'N = {number}, {varied} varied'
-            ax.plot(x, y, marker, ms=4, color=colour, label=label, mfc='none')
-    x = np.array([0.3, 1.2])
-    ax.plot(x, 0.3 * x**2, '--', color=GREY, label='slope 2')
-    ax.set(xscale='log', yscale='log', xlabel='lr sigma sqrt(N) / |gamma| at the start')
-    ax.set_ylabel('share of filters that entered')
-    ax.set_title(
-        'Entering the non-trainable region:\na function of lr sqrt(N) / gamma', fontsize=10
-    )
-    ax.legend(fontsize=7)
-
-    ax = axes[1, 0]
-    power = summary['slopes']['entering over lr']
-    last = counts[-1] ** 0.5
-    for name, colour, sign in (('lr', BLUE, 1), ('gamma', ORANGE, -1)):
-        local = np.array(summary['slopes'][f'entering over {name}']['local'])
-        x = local[:, 0] * last if name == 'lr' else 0.03 * last / local[:, 0]
-        middle, low, high = sign * local[:, 1], local[:, 2], local[:, 3]
-        spread = (high - low) / 2
-        ax.errorbar(x, middle, spread, fmt='o-', ms=4, color=colour, label=f'over {name}')
-    ax.axhline(2, ls='--', color=GREY, label='2, as claimed')
-    ax.set(xscale='log', xlabel='lr sigma sqrt(N) / |gamma| at the start')
-    ax.set_ylabel('local power (of 1 / gamma for gamma)')
-    first, final = power['local'][0][1], power['local'][-1][1]
-    ax.set_title(f'Its power falls from {first:.1f} to {final:.1f}: no power law', fontsize=10)
-    ax.legend(fontsize=7)
-
-    ax = axes[1, 1]
-    for arch, marker in zip(dict.fromkeys(row['arch'] for row in shares), 'os'):
-        for colour, fixed, name in ((BLUE, 'gamma', 'lr'), (ORANGE, 'lr', 'gamma')):
-            chosen = [
-                row
-                for row in shares
-                if row['arch'] == arch and row[fixed] == 0.1 and row['share'] > 0
-            ]
-            x = [row['lr'] / row['gamma'] for row in chosen]
-            y = np.array([row['share'] for row in chosen])
-            bars = np.array(
-                [[row['share'] - row['low'], row['high'] - row['share']] for row in chosen]
-            )
-            bars = np.minimum(bars, y[:, None] * 0.95).T if len(y) else None
-            ax.errorbar(
-                x,
-                y,
-                bars,
-                fmt=marker,
-                ms=4,
-                color=colour,
-                mfc='none',
-                label=f'{arch}, {name} varied',
-            )
-    x = np.array([0.5, 3])
-    ax.plot(x, 0.02 * x**2, '--', color=GREY, label='slope 2')
-    ax.set(xscale='log', yscale='log', xlabel='lr / |gamma| at the start')
-    ax.set_ylabel('share of filters that entered')
-    slopes = [
-        value['slope'][0]
-        for name, value in summary['slopes'].items()
-        if ': entering over lr' in name and value['slope']
+def tell(result: dict) -> str:
+    """The table of the page: the powers of the drift in trained networks."""
+    rows = [
+        [f'{row["arch"]}, {"each filter" if row["spread"] == "filters" else "each layer"}']
+        + ['{:.2f} [{:.2f}, {:.2f}]'.format(*row[over]) for over in ('over_lr', 'over_gamma')]
+        + [f'{row["lr_where_noise_equals_mean"][1]:.1f}']
+        for row in result['real_noise']
     ]
-    ax.set_title(
-        'Small networks in training: lr to the power '
-        + ' and '.join(f'{slope:.1f}' for slope in slopes),
-        fontsize=10,
+    heads = ['networks, gamma drawn for', 'power over lr', 'power over gamma']
+    return markdown_table([*heads, 'median lr where noise equals the mean gradient'], rows)
+
+
+def draw(result: dict) -> Figure:
+    """Drift, entering, its power, and real networks."""
+    steps, walks, shares, curves = (
+        rows_of(result[name]) for name in ('one_step', 'walk', 'real_walk', 'real_drift')
     )
-    ax.legend(fontsize=7)
-    for ax in axes.flat:
-        ax.grid(alpha=0.3, lw=0.5)
-    return figure
+    drift = '|drift of log |gamma|| per step,\nover e = lr sigma / |gamma|'
+    enter = 'share that entered the region,\nover lr sigma sqrt(N) / |gamma|'
+    power = 'its local power,\nover lr sigma sqrt(N) / |gamma|'
+    networks = 'small networks: share that entered,\nover lr / |gamma|'
+    e = np.geomspace(1e-3, 4, 400)
+    points = [(drift, 'square law', '--', x, x**2 / 2) for x in e]
+    points += [(drift, 'exact', '-', x, abs(expected_drift(x))) for x in e]
+    points += [
+        (drift, f'{varied(row)} varied', 'o', row['lr'] / row['gamma'], abs(row['drift']))
+        for row in steps
+    ]
+    points += [
+        (drift, 'trained networks, e as r.m.s.', 'o', row['e'], abs(row['drift']))
+        for row in curves
+        if row['spread'] == 'filters' and 1e-3 < row['e'] < 4
+    ]
+    points += [
+        (
+            enter,
+            f'{varied(row)} varied, N = {row["steps"]}',
+            'o',
+            x,
+            row['entered'] / row['channels'],
+        )
+        for row in walks
+        for x in [row['lr'] * row['steps'] ** 0.5 / row['gamma']]
+        if row['entered']
+    ]
+    root = max(row['steps'] for row in walks) ** 0.5
+    for name in ('lr', 'gamma'):
+        for at, *slope in result['slopes'][f'entering over {name}']['local']:
+            x = at * root if name == 'lr' else 0.03 * root / at
+            y = slope if name == 'lr' else [-slope[0], -slope[2], -slope[1]]
+            points.append((power, f'{name} varied', 'o-', x, y))
+    points += [
+        (networks, f'{row["arch"]}, {name} varied', 'o', row['lr'] / row['gamma'], y)
+        for row in shares
+        for name, fixed in (('lr', 'gamma'), ('gamma', 'lr'))
+        for y in [[row['share'], max(row['low'], 0.05 * row['share']), row['high']]]
+        if row[fixed] == 0.1 and row['share'] > 0
+    ]
+    keys = ('panel', 'line', 'style', 'x', 'y')
+    scales = {drift: 'xy', enter: 'xy', power: 'x', networks: 'xy'}
+    return lines([dict(zip(keys, point)) for point in points], scales, columns=2)
+
+
+def varied(row: dict) -> str:
+    """Which of the two was varied, in a row with noise alone."""
+    return 'lr' if row['gamma'] == 1 else 'gamma'
+
+
+def main() -> None:
+    """Measure, write."""
+    STUDY.start()
+    result = summarise(STUDY.run(settings(STUDY.quick), run))
+    STUDY.publish(result, tell(result), draw(result))
+    for name, value in result['slopes'].items():
+        print(f'{name}: {value["slope"]}')
 
 
 if __name__ == '__main__':
-    experiment = Experiment('law', __doc__)
-    summary = summarise(experiment.run(settings(experiment.quick), run))
-    experiment.write(**summary)
-    experiment.save(draw(summary))
-    for name, value in summary['slopes'].items():
-        print(f'{name}: {value["slope"]}')
+    main()

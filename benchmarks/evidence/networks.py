@@ -14,16 +14,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from common import BLUE, CHECKPOINTS, GREY, ORANGE, Experiment, table
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from study import CHECKPOINTS, PACKAGES, Study, group_by, lines, markdown_table, rows_of, table
 
 from psbn_mmdet.checkpoints import CheckpointError, read_weights
 from psbn_mmdet.collapse import census_of_state_dict
 from psbn_mmdet.layers import find_norm_states
 
-PACKAGES = ('--packages', 'work_dirs/evidence/packages', 'folder of unpacked packages')
+STUDY = Study('networks', __doc__, [CHECKPOINTS, PACKAGES])
 # File, network, the task, and which of its norms no rectifier follows: those before an addition,
 # the linear projections, the end of the last slice, whose output is pooled and joined.
 NETWORKS = (
@@ -65,83 +63,82 @@ def audit(file: str, folders: Sequence[Path]) -> list[dict]:
     ]
 
 
-def summarise(runs: list[tuple[dict, list[dict]]]) -> dict:
+def summarise(records: list[dict]) -> dict:
     """A row for each network, and for each layer."""
     names = {file: (network, task) for file, network, task, _ in NETWORKS}
     networks, layers, refused = [], [], []
-    for setting, rows in runs:
-        network, task = names[setting['file']]
+    for (file,), rows in group_by(records, 'file').items():
+        network, task = names[file]
         if 'refused' in rows[0]:
-            refused.append({'file': setting['file'], 'why': rows[0]['refused']})
+            refused.append({'file': file, 'why': rows[0]['refused']})
             continue
-        collapsed = sum(row['collapsed'] for row in rows)
+        total = {
+            key: sum(row[key] or 0 for row in rows)
+            for key in ('filters', 'vanished', 'dead', 'collapsed')
+        }
         most = max(rows, key=lambda row: row['collapsed'])
-        half = sum(row['collapsed'] for row in rows[: len(rows) // 2])
         networks.append(
             {
                 'network': network,
                 'task': task,
                 'norms': len(rows),
-                'filters': sum(row['filters'] for row in rows),
-                'vanished': sum(row['vanished'] for row in rows),
-                'dead': sum(row['dead'] or 0 for row in rows),
-                'collapsed': collapsed,
-                'percent': 100 * collapsed / sum(row['filters'] for row in rows),
-                'in_first_half': half,
-                'most_in': most['layer'] if collapsed else None,
+                **total,
+                'percent': 100 * total['collapsed'] / total['filters'],
+                'in_first_half': sum(row['collapsed'] for row in rows[: len(rows) // 2]),
+                'most_in': most['layer'] if total['collapsed'] else None,
                 'there': most['collapsed'],
                 'of': most['filters'],
             }
         )
-        layers += [{'network': network, **row} for row in rows]
+        layers += [{'network': network, **row, 'file': file} for row in rows]
     return {'networks': table(networks), 'layers': table(layers), 'refused': refused}
 
 
-def draw(summary: dict) -> Figure:
-    """The share of collapsed filters in each layer of the networks that have any."""
-    networks, layers = (
-        [dict(zip(summary[name]['columns'], row)) for row in summary[name]['rows']]
-        for name in ('networks', 'layers')
+def tell(result: dict) -> str:
+    """The table of the page."""
+    return markdown_table(
+        ['network', 'norms', 'filters', 'vanished', 'dead', 'collapsed', 'of them in first half']
+        + ['most in one layer'],
+        [
+            [f'{row["network"]}, {row["task"]}', row['norms'], f'{row["filters"]:,}']
+            + [row['vanished'], row['dead'], f'{row["collapsed"]} ({row["percent"]:.1f} %)']
+            + [row['in_first_half']]
+            + [f'{row["there"]} of {row["of"]}, {row["most_in"]}' if row['most_in'] else '']
+            for row in rows_of(result['networks'])
+        ],
     )
-    networks = [network for network in networks if network['collapsed']] or networks[:1]
-    figure = Figure(figsize=(10, 1.6 * len(networks) + 0.8), layout='constrained')
-    axes = figure.subplots(len(networks), 1, squeeze=False)[:, 0]
-    for ax, network in zip(axes, networks):
-        rows = [row for row in layers if row['network'] == network['network']]
-        place = np.arange(len(rows))
-        share = np.array([100 * row['collapsed'] / row['filters'] for row in rows])
-        rectified = np.array([row['rectified'] for row in rows])
-        for chosen, colour, label in (
-            (rectified, BLUE, 'before a rectifier: vanished or dead'),
-            (~rectified, ORANGE, 'elsewhere: vanished'),
-        ):
-            ax.bar(place[chosen], share[chosen], 0.8, color=colour, label=label)
-        ax.plot(place[share == 0], 0 * place[share == 0], '|', ms=4, color=GREY)
-        ax.set_ylabel('collapsed (%)')
-        ax.set_ylim(0, max(1, 1.15 * share.max()))
-        ax.set_title(
-            f'{network["network"]}: {network["collapsed"]} of {network["filters"]:,} filters '
-            f'({network["percent"]:.1f} %), {network["in_first_half"]} in the first half',
-            fontsize=9,
-        )
-        ax.grid(alpha=0.3, lw=0.5, axis='y')
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend(fontsize=7)
-    axes[-1].set_xlabel('norm layers from input to output')
-    return figure
 
 
-if __name__ == '__main__':
-    experiment = Experiment('networks', __doc__, (CHECKPOINTS, PACKAGES))
-    folders = [Path(experiment.args.checkpoints), Path(experiment.args.packages)]
+def draw(result: dict) -> Figure:
+    """The share of collapsed filters in each layer."""
+    layers = group_by(rows_of(result['layers']), 'network')
+    return lines(
+        {
+            'panel': f'{network}: collapsed (%) over layers',
+            'line': 'before a rectifier' if row['rectified'] else 'elsewhere: vanished',
+            'style': 'o',
+            'x': number,
+            'y': 100 * row['collapsed'] / row['filters'],
+        }
+        for (network,), rows in layers.items()
+        for number, row in enumerate(rows)
+    )
+
+
+def main() -> None:
+    """Audit, write."""
+    STUDY.start()
+    folders = [Path(STUDY.args.checkpoints), Path(STUDY.args.packages)]
     files = [network[0] for network in NETWORKS]
     there = [file for file in files if any(any(folder.rglob(file)) for folder in folders)]
     for file in files:
         if file not in there:
             print(f'networks: no {file} in {folders[0]} nor in {folders[1]}: skipped')
-    runs = experiment.run([dict(file=file) for file in there], lambda file: audit(file, folders))
-    if runs:
-        summary = summarise(runs)
-        experiment.write(**summary)
-        if summary['networks']['rows']:
-            experiment.save(draw(summary))
+    records = STUDY.run([dict(file=file) for file in there], lambda file: audit(file, folders))
+    result = summarise(records)
+    if result['networks']['rows']:
+        STUDY.publish(result, tell(result), draw(result))
+
+
+if __name__ == '__main__':
+    main()

@@ -4,7 +4,7 @@ A filter that has been closed for long has lost more than gamma and beta: no gra
 own convolution's weights, nor the weights by which the next convolutions read it, so weight decay
 has brought all of them near to zero. Once it opens its response is lost in eps, and what comes out
 of it is lost in the next layers: gradients are small by the product of these, and the filter hardly
-moves (docs/evidence.md, section 3). While it is closed these weights are as free as gamma and beta:
+moves (docs/evidence/recovery.md). While it is closed these weights are as free as gamma and beta:
 
 - what *reads* it multiplies 0, whatever its weights are;
 - its *own* weights w may be multiplied by s, with the running mean, by s^2 the running variance,

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from cifar_resnet import CifarResNet
+from cifar10 import CifarResNet
 from torch import Tensor, nn
 
 from psbn_mmdet.checkpoints import read_weights

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cifar_resnet import CifarResNet
+from cifar10 import CifarResNet
 from PIL import Image
 from pruned_blocks import BLOCKS, close_some, images
 from torch import nn
