@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from psbn_mmdet.collapse import (
     RECTIFIERS,
@@ -42,25 +45,23 @@ OPTIMISERS = {
 }
 
 
-class Data:
+class Data(NamedTuple):
     """The digits: 1,297 images to train with and 500 to test with, always the same."""
 
-    def __init__(self) -> None:
-        images, labels = load_digits(return_X_y=True)
-        images = (images - images.mean()) / images.std()
-        images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
-        train, test = train_test_split(
-            np.arange(len(labels)), test_size=500, stratify=labels, random_state=0
-        )
-        labels = torch.tensor(labels)
-        self.train, self.train_labels = images[train], labels[train]
-        self.test, self.test_labels = images[test], labels[test]
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
 
 
 @cache
 def load_data() -> Data:
     """The digits, read once."""
-    return Data()
+    images, labels = load_digits(return_X_y=True)
+    images = (images - images.mean()) / images.std()
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
+    split = train_test_split(images, labels, test_size=500, stratify=labels, random_state=0)
+    return Data(*map(torch.as_tensor, split))
 
 
 class Nets(nn.Module):
@@ -149,45 +150,39 @@ class Nets(nn.Module):
         return F.pad(each, (0, 0, 0, 0, 0, (channels - x.shape[1]) // n)).flatten(1, 2)
 
 
-def draw_batches(data: Data, seeds: Sequence[int], steps: int, first: int = 0) -> Tensor:
+def draw_batches(seeds: Sequence[int], steps: int, first: int = 0) -> Tensor:
     """Indices of the images of each step's batch, (steps, BATCH, seeds); ``first`` is a stream."""
-    streams = []
+    count, streams = len(load_data().train), []
     for seed in seeds:
         generator = torch.Generator().manual_seed(1_000_003 * (first + 1) + seed)
-        streams.append(torch.randint(len(data.train), (steps, BATCH), generator=generator))
+        streams.append(torch.randint(count, (steps, BATCH), generator=generator))
     return torch.stack(streams, -1)
 
 
-def loss_of(nets: Nets, data: Data, batch: Tensor) -> Tensor:
+def loss_of(nets: Nets, batch: Tensor) -> Tensor:
     """The sum of all networks' losses: each gets the gradient it would have alone."""
+    data = load_data()
     logits = nets(data.train[batch].squeeze(2))
-    labels = data.train_labels[batch]
-    return F.cross_entropy(logits.transpose(1, 2), labels) * len(nets.seeds)
+    return F.cross_entropy(logits.transpose(1, 2), data.train_labels[batch]) * len(nets.seeds)
 
 
 def train(
-    nets: Nets,
-    data: Data,
-    optimizer: torch.optim.Optimizer,
-    batches: Tensor,
-    before_step: Callable[[int], None] | None = None,
-    after_step: Callable[[int], None] | None = None,
+    nets: Nets, optimizer: Optimizer, batches: Tensor, look: Callable[[int], None] | None = None
 ) -> None:
-    """Make a step with each batch."""
+    """Make a step with each batch, and look after it."""
     nets.train()
     for step, batch in enumerate(batches):
         optimizer.zero_grad()
-        loss_of(nets, data, batch).backward()
-        if before_step:
-            before_step(step)
+        loss_of(nets, batch).backward()
         optimizer.step()
-        if after_step:
-            after_step(step)
+        if look:
+            look(step)
 
 
 @torch.no_grad()
-def accuracy(nets: Nets, data: Data) -> list[float]:
+def accuracy(nets: Nets) -> list[float]:
     """Of each network on the test images."""
+    data = load_data()
     nets.eval()
     logits = nets(data.test.expand(-1, len(nets.seeds), -1, -1))
     right = logits.argmax(-1) == data.test_labels[:, None]
@@ -195,38 +190,30 @@ def accuracy(nets: Nets, data: Data) -> list[float]:
     return [round(share, 4) for share in right.double().mean(0).tolist()]
 
 
-def train_and_count(
-    nets: Nets, data: Data, optimizer: torch.optim.Optimizer, steps: int, first: int = 0
-) -> Census:
+def train_and_count(nets: Nets, optimizer: Optimizer, steps: int, first: int = 0) -> Census:
     """Train, and count the collapsed filters; trapped are those of the last WINDOW steps.
 
     In the last fifth of the steps the learning rate goes down to 0 linearly: at a constant one
     the accuracy on the test images would be noise for the most part.
     """
     watch = GradientWatch([optimizer], find_norms(nets))
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, 5 * (steps - step) / steps)
-    )
+    watch.active = steps <= WINDOW
+    rates = LambdaLR(optimizer, lambda step: min(1, 5 * (steps - step) / steps))
 
-    def before_step(step: int) -> None:
-        watch.active = step >= steps - WINDOW
-
-    def after_step(step: int) -> None:
+    def look(step: int) -> None:
+        watch.active = step + 1 >= steps - WINDOW
         rates.step()
 
-    train(
-        nets, data, optimizer, draw_batches(data, nets.seeds, steps, first), before_step, after_step
-    )
-    found = census_of_model(
-        nets, rectifiers=structure_of(nets, data).rectifiers, trapped=watch.trapped()
-    )
+    train(nets, optimizer, draw_batches(nets.seeds, steps, first), look)
+    rectifiers = structure_of(nets).rectifiers
+    found = census_of_model(nets, rectifiers=rectifiers, trapped=watch.trapped())
     watch.close()
     return found
 
 
-def structure_of(nets: Nets, data: Data) -> Structure:
+def structure_of(nets: Nets) -> Structure:
     """What stands around each norm."""
-    return trace_structure(nets, data.test[:2].expand(-1, len(nets.seeds), -1, -1))
+    return trace_structure(nets, load_data().test[:2].expand(-1, len(nets.seeds), -1, -1))
 
 
 def by_net(masks: Sequence[np.ndarray], nets: int) -> np.ndarray:
@@ -252,12 +239,11 @@ def train_from_scratch(
     shift: float = 0.1,
 ) -> list[dict]:
     """Train networks of one kind; a row for each seed, with the counts and the accuracy."""
-    data = load_data()
     nets = Nets(arch, norm, activation, seeds, shift)
     optimizer = OPTIMISERS[optimiser](nets.parameters(), lr=lr, weight_decay=weight_decay)
-    found = train_and_count(nets, data, optimizer, steps)
+    found = train_and_count(nets, optimizer, steps)
     counts = {kind: count_by_net(found, len(seeds), kind) for kind in (*KINDS, 'collapsed')}
-    scores = accuracy(nets, data)
+    scores = accuracy(nets)
     return [
         {'seed': seed, **{kind: counts[kind][i] for kind in counts}, 'accuracy': scores[i]}
         for i, seed in enumerate(seeds)
@@ -267,15 +253,14 @@ def train_from_scratch(
 @cache
 def collapsed_nets(arch: str, seeds: tuple[int, ...], steps: int) -> tuple[Nets, dict, dict]:
     """Networks trained until filters are trapped: with the masks, and how far xhat reaches."""
-    data = load_data()
     nets = Nets(arch, 'BN', 'relu', seeds)
     optimizer = OPTIMISERS['sgd'](nets.parameters(), **COLLAPSING)
-    found = train_and_count(nets, data, optimizer, steps)
+    found = train_and_count(nets, optimizer, steps)
     probe = copy.deepcopy(nets)
     reach = Reach(probe)
     with torch.no_grad():
-        for batch in draw_batches(data, seeds, 40, first=2):
-            loss_of(probe, data, batch)
+        for batch in draw_batches(seeds, 40, first=2):
+            loss_of(probe, batch)
     return nets, {layer.name: layer.trapped for layer in found.layers}, reach.largest
 
 
@@ -290,17 +275,16 @@ def train_further(
     steps_before: int = 500,
 ) -> list[dict]:
     """Train collapsed networks further: a row for each of their trapped filters before a ReLU."""
-    data = load_data()
     start, trapped, reach = collapsed_nets(arch, tuple(seeds), steps_before)
-    structure = structure_of(start, data)
+    structure = structure_of(start)
     nets = converted(start, arm, structure, shift)
     optimizer = OPTIMISERS['sgd'](nets.parameters(), lr=lr, weight_decay=weight_decay)
     arrivals = Arrivals(optimizer, nets)
-    train(nets, data, optimizer, draw_batches(data, seeds, steps, 3), after_step=arrivals.look)
+    train(nets, optimizer, draw_batches(seeds, steps, 3), arrivals.look)
     arrivals.close()
-    before = accuracy(start, data)
-    found = train_and_count(nets, data, optimizer, max(WINDOW, steps // 4), first=4)
-    scores = accuracy(nets, data)
+    before = accuracy(start)
+    found = train_and_count(nets, optimizer, max(WINDOW, steps // 4), first=4)
+    scores = accuracy(nets)
     rows = [
         {
             'seed': seeds[channel * len(seeds) // len(trapped[name])],

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from digits import Nets, by_net, draw_batches, load_data, loss_of, structure_of, train
+from digits import Nets, by_net, draw_batches, loss_of, structure_of, train
 from matplotlib.figure import Figure
 from scipy import integrate, optimize, special, stats
 from study import Study, group_by, lines, markdown_table, mean_ci, rows_of, table
@@ -31,12 +31,6 @@ STUDY = Study('law', __doc__)
 PARAMETERS = np.geomspace(0.002, 4, 23)  # e of the one-step drift
 # lr sigma sqrt(N) / gamma
 SPREADS = (0.25, 0.3, 0.35, 0.42, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 8, 16, 32)
-
-
-def share_ci(count: int, total: int) -> list[float]:
-    """A share and Wilson's 95 % confidence interval."""
-    interval = stats.binomtest(int(count), int(total)).proportion_ci(method='wilson')
-    return _rounded(count / total, interval.low, interval.high)
 
 
 def slope_ci(x: Sequence[float], y: Sequence[float]) -> list[float]:
@@ -139,7 +133,6 @@ def real_noise(
     each filter by itself ('filters'), or are the same in a whole layer and differ between the
     networks, all layers but the last alike ('layers').
     """
-    data = load_data()
     nets = Nets(arch, 'BN', 'relu', seeds)
     n = len(seeds)
     norms = list(nets.norms) if spread == 'filters' else list(nets.norms)[:-1]
@@ -149,17 +142,12 @@ def real_noise(
             drawn = torch.linspace(0, 1, n).repeat_interleave(norm.num_features // n)
         norm.weight.data = 0.05 ** (1 - drawn)
     rest = [p for module in (nets.convs, nets.head) for p in module.parameters()]
-    train(
-        nets,
-        data,
-        torch.optim.SGD(rest, lr=0.02, momentum=0.9),
-        draw_batches(data, seeds, steps),
-    )
+    train(nets, torch.optim.SGD(rest, lr=0.02, momentum=0.9), draw_batches(seeds, steps))
     gammas = [norm.weight for norm in norms]
     gradients = torch.stack(
         [
-            torch.cat(torch.autograd.grad(loss_of(nets, data, batch), gammas))
-            for batch in draw_batches(data, seeds, batches, first=1)
+            torch.cat(torch.autograd.grad(loss_of(nets, batch), gammas))
+            for batch in draw_batches(seeds, batches, first=1)
         ]
     ).double()
     gamma = torch.cat(gammas).detach().double()
@@ -205,10 +193,9 @@ def real_walk(arch: str, lr: float, gamma: float, steps: int, seeds: Sequence[in
     A quarter of each layer's filters starts at ``gamma``, all others at 1; only that quarter is
     counted, whatever gamma is.
     """
-    data = load_data()
     nets = Nets(arch, 'BN', 'relu', seeds)
     n = len(seeds)
-    rectifiers = structure_of(nets, data).rectifiers
+    rectifiers = structure_of(nets).rectifiers
     norms = [norm for name, norm in find_norms(nets).items() if rectifiers.get(name) in RECTIFIERS]
     chosen = []
     for norm in norms:
@@ -223,7 +210,7 @@ def real_walk(arch: str, lr: float, gamma: float, steps: int, seeds: Sequence[in
                 seen |= rectifier_closed(norm.weight, norm.bias)
 
     optimizer = torch.optim.SGD(nets.parameters(), lr=lr)
-    train(nets, data, optimizer, draw_batches(data, seeds, steps), after_step=look)
+    train(nets, optimizer, draw_batches(seeds, steps), look)
     counted = by_net([(e & c).numpy() for e, c in zip(entered, chosen)], n).sum(1)
     filters = sum(int(c.sum()) for c in chosen) // n
     return [
@@ -274,29 +261,21 @@ def run(part: str, **setting) -> list[dict]:
 def slopes_of_drift(rows: list[dict], over: str) -> dict:
     """The power of the one-step drift in the regime of the law, and from point to point."""
     rows = sorted(rows, key=lambda row: row[over])
-    law = [row for row in rows if row['lr'] / row['gamma'] <= 0.1]
-    inner = [row for row in rows if row['lr'] / row['gamma'] <= 0.7]
-    return {
-        'slope': slope_ci([row[over] for row in law], [-row['drift'] for row in law]),
-        'local': local_slopes(
-            [row[over] for row in inner],
-            [-row['drift'] for row in inner],
-            [row['standard_error'] for row in inner],
-        ),
-    }
+    law = [(row[over], -row['drift']) for row in rows if row['lr'] / row['gamma'] <= 0.1]
+    inner = [
+        (row[over], -row['drift'], row['standard_error'])
+        for row in rows
+        if row['lr'] / row['gamma'] <= 0.7
+    ]
+    return {'slope': slope_ci(*zip(*law)), 'local': local_slopes(*zip(*inner))}
 
 
 def slopes_of_walk(rows: list[dict], over: str) -> dict:
-    """The power of the share that entered, from point to point and over all of them."""
+    """The power of the share that entered, over all of them and from point to point."""
     rows = [row for row in sorted(rows, key=lambda row: row[over]) if row['entered'] >= 5]
-    shares = [row['entered'] / row['channels'] for row in rows]
+    x, shares = [row[over] for row in rows], [row['entered'] / row['channels'] for row in rows]
     errors = [(p * (1 - p) / row['channels']) ** 0.5 for p, row in zip(shares, rows)]
-    x = [row[over] for row in rows]
-    return {
-        'slope': slope_ci(x, shares),
-        'local': local_slopes(x, shares, errors),
-        'shares': [share_ci(row['entered'], row['channels']) for row in rows],
-    }
+    return {'slope': slope_ci(x, shares), 'local': local_slopes(x, shares, errors)}
 
 
 def share_by_run(records: list[dict]) -> list[dict]:

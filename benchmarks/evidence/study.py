@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,11 @@ class Study:
         options = ' --quick' if self.quick else ''
         result = {
             'command': f'python benchmarks/evidence/{self.name}.py{options}',
-            'versions': versions(),
+            'versions': {
+                'python': platform.python_version(),
+                **{name: version(name) for name in ('torch', 'numpy', 'scipy', 'scikit-learn')},
+                'psbn_mmdet': psbn_mmdet.__version__,
+            },
             'hardware': f'{platform.machine()} CPU, {torch.get_num_threads()} thread',
             'seconds': round(sum(line['seconds'] for line in self._finished)),
             **content,
@@ -313,21 +318,6 @@ def read_finished(path: Path) -> dict[str, dict]:
 def records_of(finished: Iterable[dict]) -> list[dict]:
     """The rows of finished runs, each with its settings."""
     return [{**line['setting'], **row} for line in finished for row in line['rows']]
-
-
-def versions() -> dict[str, str]:
-    """What took part in the numbers."""
-    import scipy
-    import sklearn
-
-    return {
-        'python': platform.python_version(),
-        'torch': torch.__version__,
-        'numpy': np.__version__,
-        'scipy': scipy.__version__,
-        'scikit-learn': sklearn.__version__,
-        'psbn_mmdet': psbn_mmdet.__version__,
-    }
 
 
 def group_by(records: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:

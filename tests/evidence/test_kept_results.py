@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,28 @@ def test_cells_contrasts_and_tables_come_out_of_the_kept_runs(name):
     assert_kept(cells, rows_of(result['cells']))
     assert_kept(contrasts, rows_of(result['contrasts']))
     assert told(name) == module.STUDY.tables(cells, contrasts)
+
+
+@pytest.mark.parametrize('name', [path.stem for path in sorted(RESULTS.glob('*.jsonl'))])
+def test_finished_writes_the_kept_results_again(name, tmp_path, monkeypatch):
+    """From a copy of the kept runs in the work dir, without any data."""
+    work_dir, page = tmp_path / 'work', tmp_path / f'docs/evidence/{name}.md'
+    for folder in (work_dir, page.parent, tmp_path / 'docs/images'):
+        folder.mkdir(parents=True)
+    (work_dir / f'{name}.jsonl').write_text((RESULTS / f'{name}.jsonl').read_text())
+    page.write_text(f'<!-- {name}.py -->\nold\n<!-- end of {name}.py -->\n')
+    monkeypatch.setattr(study, 'ROOT', tmp_path)
+    monkeypatch.setattr(sys, 'argv', [name, '--finished', '--work-dir', str(work_dir)])
+    importlib.import_module(name).main()
+    assert page.read_text().splitlines()[1:-1] == told(name).splitlines()
+    folder = tmp_path / 'benchmarks/results/evidence'
+    written = json.loads((folder / f'{name}.json').read_text())
+    for part in ('cells', 'contrasts'):
+        assert_kept(rows_of(written[part]), rows_of(result_of(name)[part]))
+    assert study.read_finished(folder / f'{name}.jsonl') == study.read_finished(
+        RESULTS / f'{name}.jsonl'
+    )
+    assert (tmp_path / f'docs/images/evidence_{name}.png').stat().st_size > 10_000
 
 
 def test_detectors_come_out_of_the_kept_runs():
