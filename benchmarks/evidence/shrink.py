@@ -1,14 +1,10 @@
-"""Collapse on purpose, then cut: how much decay, for how long, and what other pruners do.
+"""Collapse on purpose, then cut: how much decay for how long, and what other pruners do.
 
-The tutorial's Faster R-CNN, finetuned with BN on photographs of blood cells at learning rate 0.02:
-plain, and with --shrink at decays of gamma and beta from 0.01 to 0.3, each for as many epochs as
-give 4, 8, 12 and 20 e-foldings of an undriven gamma (the map), and at the tutorial's 6 epochs and
-0.005. Rivals, all cut to the multiply-adds of --shrink 0.1 at 12 e-foldings: Torch-Pruning's
-pruners of the plain detector, by gamma and by magnitude, and network slimming (L1 on gamma in the
-training, then cut by gamma), each as cut and trained as long again; detectors built narrow, from
-scratch and pretrained as the whole one was. And the demo's detector from scratch at 50 times the
-decay, and SSDLite from scratch. AP is that on the validation set, and, of the test set, which
-decided nothing. Each training is one of tools/train.py.
+Can a finetuning choose by collapse which filters a detector can do without? The tutorial's Faster
+R-CNN, finetuned with BN on photographs of blood cells, plain and with --shrink at several decays of
+gamma and beta and for several numbers of e-foldings; other pruners at the same multiply-adds;
+detectors built narrow; and the finetuning of a detector that was pruned before. AP is that on the
+validation set, and on the test set, which decided nothing. Each training is one of tools/train.py.
 
     make demo-compare && python benchmarks/evidence/shrink.py
 """
@@ -16,9 +12,8 @@ decided nothing. Each training is one of tools/train.py.
 from __future__ import annotations
 
 import copy
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from threading import Lock
@@ -26,40 +21,49 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import (
-    IMAGES,
-    ORANGE,
-    PINK,
-    RED,
-    ROOT,
-    SKY,
-    Experiment,
+from detectors import (
+    DEMO,
+    OPTIONS,
+    drawn_data,
+    last_checkpoint,
+    photographs,
     read_config,
+    scores_of,
+    train,
 )
-from detection import OPTIONS, data_options, drawn_data, last_checkpoint, scores_of, train
+from matplotlib.figure import Figure
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from study import (
+    GREY,
+    IMAGES,
+    PALETTE,
+    ROOT,
+    Study,
+    contrasts_table,
+    markdown_table,
+    mean_of,
+    table,
+)
 from torch import nn
 
 from psbn_mmdet.checkpoints import read_weights
 from psbn_mmdet.commands import prune
 from psbn_mmdet.configs.model import model_of_config
-from psbn_mmdet.configs.reading import load_config
 from psbn_mmdet.pruning import compare, narrow
 from psbn_mmdet.records import format_ranges, read_records
 from psbn_mmdet.report import find_record
 
 CELLS = ROOT / 'demo/faster-rcnn_r18_fpn_cells.py'
-DEMO = ROOT / 'demo/faster-rcnn_r18_fpn_bn_demo.py'
 RATE = 0.02
 # Epochs by the decay that give 4, 8, 12 and 20 e-foldings; the longest are left out.
-MAP = {0.3: (2, 4, 6, 10), 0.1: (6, 12, 18, 30), 0.03: (20, 40, 60), 0.01: (60,)}
+MAP = {0.3: (2, 4, 6, 10), 0.1: (6, 12, 18, 30), 0.03: (20, 40)}
 EPOCHS = 18  # of --shrink 0.1 at 12 e-foldings, to whose size the rivals are cut
+WHOLE = 285_065_216, 2_798_880  # multiply-adds of the detector, parameters of the backbone
 PRUNERS = {'BNScalePruner': 'gamma', 'MagnitudePruner': 'magnitude'}
 L1 = (0.01, 0.03)
 NARROW = (8, 16)  # base_channels: as many parameters in the backbone, as many multiply-adds
 _LOCK = Lock()
-COLOURS = (RED, ORANGE, PINK, SKY)
 
 
 class Cut(NamedTuple):
@@ -70,14 +74,14 @@ class Cut(NamedTuple):
 
 
 class Shrinking:
-    """The runs, in a work dir."""
+    """The runs, in the study's folder."""
 
-    def __init__(self, experiment: Experiment, start: Path) -> None:
-        self.folder = experiment.work_dir.resolve() / 'shrink'
+    def __init__(self, study: Study) -> None:
+        self.folder = study.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.cells = data_options(os.path.abspath(experiment.args.images))
-        self.drawn = drawn_data(experiment)
-        self.start = start
+        self.cells = photographs(study) or {}
+        self.drawn = drawn_data(study)
+        self.start = Path(study.args.start).resolve()
 
     # Trainings
 
@@ -208,7 +212,7 @@ class Shrinking:
             name, config = 'free_cut', self.folder / 'free_cut.py'
             files = Cut(before / 'pruned_last/pruned.py', before / 'pruned_last/pruned.pth')
             with alone():
-                cfg = load_config(str(CELLS))
+                cfg = read_config(CELLS)
                 cfg.model = read_config(files.config).model
                 cfg.model.roi_head.bbox_head.num_classes = 3
                 cfg.dump(config)
@@ -228,31 +232,16 @@ class Shrinking:
                 runners.append(Runner.from_cfg(cfg))
                 runners[-1].train_loop = runners[-1].build_train_loop(cfg.train_cfg)
         batch = next(iter(runners[0].train_dataloader))
-        found = {}
-        for name, runner in zip(('whole', 'cut'), runners):
-            runner.optim_wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
-            model, found[name] = runner.model.train(), 0
-
-            def keep(tensor: torch.Tensor, name: str = name) -> torch.Tensor:
-                if tensor.data_ptr() not in seen:
-                    seen.add(tensor.data_ptr())
-                    found[name] += tensor.numel() * tensor.element_size()
-                return tensor
-
-            parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-            seen = {p.data_ptr() for p in model.parameters()}
-            torch.manual_seed(0)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                model.train_step(copy.deepcopy(batch), runner.optim_wrapper)
-            found[name] += 3 * parameters  # with gradients and momentum
 
         def step(runner: Any) -> None:
             torch.manual_seed(0)
             runner.model.train_step(copy.deepcopy(batch), runner.optim_wrapper)
 
-        low, middle, high = compare.time_ratio(step, runners[1], runners[0])
-        times = {'time': middle, 'time low': low, 'time high': high}
-        return [{**times, 'memory': found['cut'] / found['whole'], **found}]
+        for runner in runners:
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
+        whole, cut = (_bytes_of_step(runner, step) for runner in runners)
+        _, ratio, _ = compare.time_ratio(step, runners[1], runners[0])
+        return [{'time': float(ratio), 'memory': cut / whole}]
 
     # What became of them
 
@@ -314,6 +303,20 @@ class Shrinking:
         return row
 
 
+def _bytes_of_step(runner: Any, step: Callable[[Any], None]) -> int:
+    """What a step keeps for its backward pass, and parameters, gradients and momentum."""
+    own = list(runner.model.train().parameters())
+    kept = {param.data_ptr(): 3 * param.nbytes for param in own}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step(runner)
+    return sum(kept.values())
+
+
 def train_once(config: Path, work_dir: Path, *flags: object, **options: object) -> None:
     """Train, if that has not ended, and its cut with it."""
     if not (work_dir / 'done').exists():
@@ -352,6 +355,7 @@ class Features(nn.Module):
         self.model = model
 
     def forward(self, x: torch.Tensor) -> Any:
+        """The neck's outputs."""
         return self.model.extract_feat(x)
 
 
@@ -425,7 +429,7 @@ def cut_by(by: str, before: Path, target: float, out: Path) -> Cut:
 
 
 def plan_of_runs() -> Iterator[list[dict]]:
-    """What is trained: the map, then what is made of it, by seed; three seeds of the default."""
+    """What is trained: what others start from first, and as much as there was time for."""
     default = dict(kind='shrunk', decay=0.1, epochs=EPOCHS)
     tutorial = dict(epochs=6, rate=0.005)
     yield [{**default, 'seed': seed} for seed in range(3)]
@@ -442,40 +446,163 @@ def plan_of_runs() -> Iterator[list[dict]]:
             *(dict(kind='slimmed', l1=l1, seed=seed) for l1 in (L1 if seed == 0 else ())),
             *(dict(kind='shrunk', decay=0.3, epochs=e, seed=seed) for e in MAP[0.3]),
             *(
-                dict(kind='narrow', channels=c, pretrained=True, epochs=18, seed=seed)
+                dict(kind='narrow', channels=c, pretrained=True, epochs=EPOCHS, seed=seed)
                 for c in NARROW
             ),
         ]
     yield [dict(kind='free', cut=cut, seed=seed) for seed in range(3) for cut in (False, True)]
+    yield [dict(kind='costs')]
     yield [dict(kind='shrunk', decay=0.03, epochs=e, seed=0) for e in MAP[0.03]]
-    yield [
-        dict(kind='narrow', channels=16, pretrained=False, epochs=36, seed=0),
-        dict(kind='plain', epochs=60, seed=0),
-        dict(kind='shrunk', decay=0.01, epochs=60, seed=0),
-    ]
+
+
+def arm_of(record: dict) -> str:
+    """The arm that a run's row is of."""
+    again = f', {EPOCHS} epochs more' if record.get('trained again') else ', as cut'
+    rate = ', lr 0.005' if record.get('rate') else ''
+    return {
+        'plain': f'plain, {record.get("epochs")} epochs{rate}',
+        'shrunk': f'`--shrink {record.get("decay")}`, {record.get("epochs")} epochs{rate}',
+        'again': f'`--shrink 0.1`, {EPOCHS} epochs, cut{again}',
+        'pruned': f'{record.get("pruner")} of the plain one{again}',
+        'slimmed': f'network slimming, L1 {record.get("l1")}{again}',
+        'narrow': f'built with {record.get("channels")} channels, {record.get("epochs")} epochs',
+        'from_scratch': f'demo from scratch, decay x {record.get("times")}',
+        'free': f'lr 0.005, 6 epochs, {"cut first" if record.get("cut") else "whole"}',
+    }[record['kind']]
+
+
+def with_arms(records: Sequence[dict]) -> list[dict]:
+    """The runs with their arms, in the order of the table."""
+    runs = [{**record, 'arm': arm_of(record)} for record in records if record['kind'] != 'costs']
+    order = ('plain', 'shrunk', 'again', 'pruned', 'slimmed', 'narrow', 'from_scratch', 'free')
+    return sorted(
+        runs,
+        key=lambda r: (
+            (order.index(r['kind']), r.get('rate', 1) != 1, -r.get('decay', 0))
+            + (r.get('epochs', 0), r['arm'], r['seed'])
+        ),
+    )
+
+
+STUDY = Study(
+    'shrink',
+    __doc__,
+    [
+        *OPTIONS,
+        IMAGES,
+        ('--start', str(ROOT / 'work_dirs/compare/bn/epoch_16.pth'), 'the pretrained detector'),
+    ],
+    contrasts={
+        '`--shrink 0.1` over plain, 18 epochs': (
+            '`--shrink 0.1`, 18 epochs',
+            'plain, 18 epochs',
+        ),
+        '`--shrink 0.1`, 30 epochs, over plain, 36': (
+            '`--shrink 0.1`, 30 epochs',
+            'plain, 36 epochs',
+        ),
+        '`--shrink 0.92` over plain, 6 epochs at lr 0.005': (
+            '`--shrink 0.92`, 6 epochs, lr 0.005',
+            'plain, 6 epochs, lr 0.005',
+        ),
+        'cut first over whole': ('lr 0.005, 6 epochs, cut first', 'lr 0.005, 6 epochs, whole'),
+    },
+)
+
+
+def compare_runs(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """The cells, with sizes, and the contrasts."""
+    records = with_arms(records)
+    STUDY.arms = list(dict.fromkeys(record['arm'] for record in records))
+    cells, contrasts = STUDY.compare(records)
+    for cell in cells:
+        mine = [record for record in records if record['arm'] == cell['arm']]
+        for key, whole in (('multiply-adds', WHOLE[0]), ('backbone', WHOLE[1])):
+            of = [
+                r[f'{key} pruned'] / r.get(f'{key} whole', whole)
+                for r in mine
+                if f'{key} pruned' in r
+            ]
+            cell[key] = mean_of(of) if of else None
+        for key in ('AP test', 'AP pruned', 'AP test pruned', 'collapsed', 'time backbone', 'time'):
+            having = [record[key] for record in mine if record.get(key) is not None]
+            cell[key] = mean_of(having) if having else None
+    return cells, contrasts
+
+
+def tables(cells: Sequence[dict], contrasts: Sequence[dict]) -> str:
+    """Cells and contrasts as Markdown."""
+
+    def shown(value: float | None, form: str) -> str:
+        return '' if value is None else f'{value:{form}}'
+
+    columns = {
+        'AP': '.3f', 'AP test': '.3f', 'AP pruned': '.3f', 'collapsed': ',.0f',
+        'backbone': '.1%', 'multiply-adds': '.2f', 'time backbone': '.2f', 'time': '.2f',
+    }  # fmt: skip
+    headings = (
+        'AP', 'AP, test set', 'AP, cut', 'collapsed',
+        'backbone left', 'multiply-adds', 'time, backbone', 'time',
+    )  # fmt: skip
+    first = markdown_table(
+        ['', 'seeds', *headings],
+        [
+            [cell['arm'], cell['seeds'], *(shown(cell[key], f) for key, f in columns.items())]
+            for cell in cells
+        ],
+    )
+    return first + '\n' + contrasts_table(contrasts, 'AP')
+
+
+def draw(cells: Sequence[dict]) -> Figure:
+    """AP over multiply-adds."""
+    figure = Figure(figsize=(7.5, 5), layout='constrained')
+    ax = figure.subplots()
+    kinds = (  # what arms begin with, their label, their marker
+        ('plain', 'plain', 's'),
+        ('`--shrink 0.3', '--shrink 0.3', 'o'),
+        ('`--shrink 0.1', '--shrink 0.1', 'o'),
+        ('`--shrink 0.03', '--shrink 0.03', 'o'),
+        ('BNScalePruner', 'Torch-Pruning, gamma', '^'),
+        ('MagnitudePruner', 'Torch-Pruning, magnitude', 'v'),
+        ('network slimming', 'network slimming', 'D'),
+        ('built', 'built narrow', 'P'),
+    )
+    for (begin, label, marker), colour in zip(kinds, PALETTE):
+        mine = [c for c in cells if c['arm'].startswith(begin) and 'lr 0.005' not in c['arm']]
+        if mine:
+            x = [1.0 if cell['multiply-adds'] is None else cell['multiply-adds'] for cell in mine]
+            ax.plot(x, [c['AP'] for c in mine], marker, ms=7, color=colour, label=label)
+        for cell, at in zip(mine, x if mine else ()):
+            text = re.sub(r'^.*?, (?=as cut|\d)', '', cell['arm'])
+            ax.annotate(text, (at, cell['AP']), (5, 3), textcoords='offset points', fontsize=6.5)
+    ax.set_xlabel("multiply-adds, of the whole detector's")
+    ax.set_ylabel('AP, validation set (means over seeds)')
+    ax.grid(alpha=0.3, lw=0.5, color=GREY)
+    ax.legend(fontsize=8)
+    return figure
 
 
 def main() -> None:
     """Train, cut, write."""
-    experiment = Experiment(
-        'shrink',
-        __doc__,
-        [
-            *OPTIONS,
-            IMAGES,
-            ('--start', str(ROOT / 'work_dirs/compare/bn/epoch_16.pth'), 'the pretrained detector'),
-        ],
-    )
-    runs = Shrinking(experiment, Path(experiment.args.start).resolve())
+    STUDY.start()
+    if photographs(STUDY) is None:
+        return
+    if not STUDY.args.finished and STUDY.lacks(Path(STUDY.args.start)):
+        return
+    runs = Shrinking(STUDY)
 
-    def run(settings: list[dict]) -> list[tuple[dict, list[dict]]]:
-        def do(kind: str, **setting: Any) -> list[dict]:
-            return getattr(runs, kind)(**setting)
+    def do(kind: str, **setting: Any) -> list[dict]:
+        return getattr(runs, kind)(**setting)
 
-        return experiment.run(settings, do, int(experiment.args.jobs))
-
-    done = [pair for settings in plan_of_runs() for pair in run(settings)]
-    experiment.write(runs=[{**s, 'rows': r} for s, r in done])
+    plan = plan_of_runs()
+    if STUDY.quick:
+        plan = iter([[dict(kind='shrunk', decay=0.9, epochs=1, seed=0)]])
+    records = [r for settings in plan for r in STUDY.run(settings, do, int(STUDY.args.jobs))]
+    records = list({str(record): record for record in records}.values())
+    cells, contrasts = compare_runs(records)
+    result = {'cells': table(cells), 'contrasts': table(contrasts), 'runs': table(records)}
+    STUDY.publish(result, tables(cells, contrasts), draw(cells))
 
 
 if __name__ == '__main__':
