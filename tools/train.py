@@ -16,10 +16,10 @@ os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from psbn_mmdet import norm_switch
     from psbn_mmdet.commands import prune
     from psbn_mmdet.commands.launch import run_script
     from psbn_mmdet.commands.preflight import check_train_config
+    from psbn_mmdet.configs import norm_switch
     from psbn_mmdet.configs.reading import ConfigError
     from psbn_mmdet.pruning import shrink_config
 except ImportError as error:

@@ -46,7 +46,7 @@ class CollapseHook(Hook):
 
     Which layers feed a rectifier is found by watching the first training steps; then a forecast is
     logged: which closed filters of psBN will open in this training, and when
-    (:mod:`psbn_mmdet.forecast`). Gradients are read before each optimiser step. Only the main
+    (:mod:`psbn_mmdet.recovery.forecast`). Gradients are read before each optimiser step. Only the main
     process looks and writes. Whatever fails in this hook once the training has begun is one
     warning, and that part of it is off; the training goes on.
 

@@ -31,12 +31,12 @@ class RecoveryHook(Hook):
     thousands of steps at MMDetection's settings. While a filter is closed, its gamma and beta have
     no influence, so they may be decayed at any rate; this hook does it in the time that the
     training has. What is closed, how it is known, and why the network computes the same until the
-    filter opens is said in :mod:`psbn_mmdet.collapse.recovery`. Filters in layers that feed
+    filter opens is said in :mod:`psbn_mmdet.recovery.recovery`. Filters in layers that feed
     anything but ReLUs are left alone, and so are those without a learning rate.
 
     The convolution that feeds a filter which came closed with the loaded weights, and those that
     read it, have often decayed as well. They get their size back once, at the start, in the network
-    and in its averages (:mod:`psbn_mmdet.collapse.restore`).
+    and in its averages (:mod:`psbn_mmdet.recovery.restore`).
 
     It works under any optimiser, with automatic mixed precision, accumulation, gradient
     checkpointing, averages and DistributedDataParallel, where all ranks do the same. Its state is

@@ -38,7 +38,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Examples:
         >>> import tempfile
-        >>> from psbn_mmdet.atomic import replacing
+        >>> from psbn_mmdet.records.atomic import replacing
         >>> out = Path(tempfile.mkdtemp()) / 'new' / 'page.html'
         >>> with replacing(out) as part:
         ...     _ = part.write_text('whole')

@@ -15,8 +15,7 @@ from mmengine.logging import MessageHub
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from psbn_mmdet import safe_globals
-from psbn_mmdet.checkpoints import CheckpointError, read_content, read_weights
+from psbn_mmdet.checkpoints import CheckpointError, read_content, read_weights, safe_globals
 from psbn_mmdet.checkpoints.safe_globals import load_plain
 
 takes_names = pytest.mark.skipif(

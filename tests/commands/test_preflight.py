@@ -21,7 +21,7 @@ from mmengine.logging import MessageHub
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from psbn_mmdet import launch
+from psbn_mmdet.commands import launch
 from psbn_mmdet.commands.launch import run_script
 from psbn_mmdet.commands.preflight import check_test_config, check_train_config
 from psbn_mmdet.configs.reading import ConfigError, load_config
