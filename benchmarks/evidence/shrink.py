@@ -107,6 +107,7 @@ class Shrinking:
             'load_from': self.start,
             **self.cells,
             **options,
+            **({'train_dataloader.dataset.indices': 8} if STUDY.quick else {}),
         }
         train_once(config, work_dir, *flags, **settings)
         return work_dir
@@ -121,7 +122,7 @@ class Shrinking:
         """--shrink, which cuts at the end."""
         name = f'shrink_{decay}_{epochs}' + ('' if rate == RATE else f'_{rate}')
         options = {'optim_wrapper.optimizer.lr': rate}
-        work_dir = self.finetune(name, seed, epochs, ('--shrink', decay), **options)
+        work_dir = self.finetune(name, seed, epochs, ('--shrink', str(decay)), **options)
         return [{**self.whole(work_dir), **self.cut_of(work_dir)}]
 
     def again(self, seed: int) -> list[dict]:

@@ -108,11 +108,12 @@ def prune(args: argparse.Namespace) -> list[str]:
                     whole.test_step(image)
             cuts.append(plan(trace, whole, args.margin))
         first, cut = cuts
+        reopened = {trace.root(channel) for channel in first.gone} - cut.gone
         left = [
             f'  {_by_parameters(cfg, weights)} by their parameters alone, as tools/audit.py counts',
             f'  {cut.held} closed channels stay: not closed by the margin of {args.margin:g}',
-            f'  {first.gone - cut.gone} channels stay: closed on the training images only, not on '
-            'the validation set',
+            f'  {len(reopened)} channels stay: closed on the training images, but not on the '
+            'validation set',
             *(f'  {count} closed channels stay: {why}' for why, count in cut.left.items()),
         ]
         if not cut.kept:

@@ -46,9 +46,9 @@ class CollapseHook(Hook):
 
     Which layers feed a rectifier is found by watching the first training steps; then a forecast is
     logged: which closed filters of psBN will open in this training, and when
-    (:mod:`psbn_mmdet.recovery.forecast`). Gradients are read before each optimiser step. Only the main
-    process looks and writes. Whatever fails in this hook once the training has begun is one
-    warning, and that part of it is off; the training goes on.
+    (:mod:`psbn_mmdet.recovery.forecast`). Gradients are read before each optimizer step. Only the
+    main process looks and writes. If a part of this hook fails during the training, it logs one
+    warning and skips that part from then on; the training continues.
 
     Args:
         interval (int): Iterations between reports. Defaults to 50.

@@ -33,14 +33,14 @@ class Cut:
         constants (dict[str, Tensor]): By layer that reads cut channels, what they add to its
             outputs, shape (outputs,).
         left (dict[str, int]): Channels that are closed and stay, by the reason.
-        gone (int): Number of channels that are cut.
+        gone (set[int]): The channels that are cut, by their numbers in the trace.
         held (int): Channels that were never positive, but not by the margin.
     """
 
     kept: dict[str, dict[str, str]]
     constants: dict[str, Tensor]
     left: dict[str, int]
-    gone: int
+    gone: set[int]
     held: int
 
 
@@ -107,7 +107,7 @@ def plan(trace: ChannelTrace, model: nn.Module, margin: float = MARGIN) -> Cut:
                 constants[name] = _added(modules[name], torch.from_numpy(values))
     is_root = root == np.arange(count)
     held = int((closed & ~needed & ~is_open & is_near & is_root).sum())
-    return Cut(kept, constants, dict(left), int((goes & is_root).sum()), held)
+    return Cut(kept, constants, dict(left), set(np.flatnonzero(goes & is_root).tolist()), held)
 
 
 def _can_add(modules: Mapping[str, nn.Module], trace: ChannelTrace, name: str) -> bool:

@@ -43,8 +43,10 @@ def test_the_rehearsal(cifar, tmp_path):
         row['name'] for row in found['right'] if row['text'].startswith('only CUDA')
     ]
     assert sum(row.get('ok', False) for row in found['right']) >= 14
-    *layers, detector = found['fast']
-    assert all(row['train']['ratio']['median'] > 0 for row in layers) and len(layers) == 4
+    *rows, detector = found['fast']
+    layers, pruned = rows[:4], rows[4:]
+    assert all(row['train']['ratio']['median'] > 0 for row in layers)
+    assert all(row['multiples of 8']['median'] > 0 for row in pruned) and len(pruned) == 2
     assert {name.split(',')[0] for name in detector['arms']} == {'CollapseHook', 'RecoveryHook'}
     trained = [row for row in found['scale'] if row.get('keep')]
     assert [row['regime'] for row in trained] == ['SGD 0.5', 'Adam 0.03', 'SGD 0.1']

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ from cifar10 import CifarResNet
 from limits import HANG
 from mmdet.models.backbones import MobileNetV2
 from PIL import Image
+
+from psbn_mmdet.collapse import find_norms
+from psbn_mmdet.configs.model import model_of_config
+from psbn_mmdet.configs.reading import load_config
 
 pytest.importorskip('sklearn')
 
@@ -60,6 +65,7 @@ def cells(coco_root, tmp_path_factory) -> Path:
         for category, name in zip(content['categories'], ('RBC', 'WBC', 'Platelets', 'none')):
             category['name'] = name
         (folder / f'annotations/{split}.json').write_text(json.dumps(content))
+    shutil.copy(folder / 'annotations/val.json', folder / 'annotations/test.json')
     return folder
 
 
@@ -238,6 +244,19 @@ def test_cifar(work_dir, cifar):
     assert all(f'| half | SGD 0.5 | {arm} |' in told for arm in arms)
     result = run('cifar', work_dir, '--cifar', 'nowhere')
     assert 'nowhere has no train.zip: skipped' in result.stdout
+
+
+def test_shrink(work_dir, coco_root, cells, tmp_path):
+    model = model_of_config(load_config(str(ROOT / 'demo/faster-rcnn_r18_fpn_bn_demo.py')))
+    with torch.no_grad():
+        for norm in find_norms(model.backbone).values():
+            norm.bias[: norm.num_features // 2] = -9.0
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'start.pth')
+    options = ('--drawn', coco_root, '--images', cells, '--start', tmp_path / 'start.pth')
+    run('shrink', work_dir, *options)
+    (cell,) = rows_of(result_of('shrink', work_dir)['cells'])
+    assert cell['arm'] == '`--shrink 0.9`, 1 epochs' and 0 < cell['backbone'] < 0.4
+    assert cell['AP pruned'] == cell['AP'] and cell['multiply-adds'] < 1
 
 
 def test_costs(work_dir):
