@@ -1,9 +1,9 @@
-"""Cut the closed filters out of a checkpoint's network, which computes the same without them.
+"""Cut the closed filters out of a checkpoint's network without changing what it computes.
 
-Watches the network on training images, cuts what was never open and what reads it, compares both
-networks on the validation set, and writes OUT/pruned.pth and OUT/pruned.py, with which all else
-works: tests, further training, inference. Nothing is written if there is nothing to cut, or if the
-two differ by more than rounding.
+Watches the network on training and validation images, cuts the filters that were never open and
+what reads them, compares both networks on the validation set, and writes DIR/pruned.pth and
+DIR/pruned.py for testing, further training and inference. Writes nothing if there is nothing to
+cut, or if the outputs differ by more than rounding.
 """
 
 from __future__ import annotations

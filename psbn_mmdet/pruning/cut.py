@@ -1,8 +1,8 @@
-"""Cutting channels out of a network: which may go, and the network without them.
+"""Cutting channels out of a network: which can be cut, and the network without them.
 
-A channel may go if whatever reads it multiplies a constant: 0, or another one that can be added to
-the reader's bias instead. Then all its writers and readers lose it, and the network computes the
-same with less.
+A channel can be cut if everything that reads it multiplies a constant: 0, or another constant that
+the reader's bias can absorb. All its writers and readers lose it, and the network computes the
+same.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ MARGIN = 1.0  # standard deviations
 
 @dataclass(frozen=True)
 class Cut:
-    """What a network keeps.
+    """What a network keeps, and what it loses.
 
     Attributes:
-        kept (dict[str, dict[str, str]]): By layer, the channels that stay of its 'inputs' and
-            'outputs', as ranges; what is not named stays whole.
+        kept (dict[str, dict[str, str]]): By layer, the channels kept of its 'inputs' and
+            'outputs', as ranges; a layer or side that is absent is kept whole.
         constants (dict[str, Tensor]): By layer that reads cut channels, what they add to its
             outputs, shape (outputs,).
-        left (dict[str, int]): Channels that are closed and stay, by the reason.
+        left (dict[str, int]): Number of closed channels that stay, by reason.
         gone (set[int]): The channels that are cut, by their numbers in the trace.
-        held (int): Channels that were never positive, but not by the margin.
+        held (int): Number of channels that were never positive, but not by the margin.
     """
 
     kept: dict[str, dict[str, str]]
@@ -59,7 +59,7 @@ def plan(trace: ChannelTrace, model: nn.Module, margin: float = MARGIN) -> Cut:
     modules = dict(model.named_modules())
     count = len(trace._parents)
     root = trace.roots(np.arange(count))
-    is_open = np.zeros(count, bool)  # by root: passes a rectifier, at times
+    is_open = np.zeros(count, bool)  # by root: passes a rectifier at least once
     is_near = np.zeros(count, bool)  # never, but nearly
     for watched in trace.rectified.values():
         constant = watched.least == watched.most
@@ -78,7 +78,7 @@ def plan(trace: ChannelTrace, model: nn.Module, margin: float = MARGIN) -> Cut:
         constant = ~varies & (layer.read.most != 0)
         if constant.any() and not _can_add(modules, trace, name):
             for channel in channels[constant].tolist():
-                why_not.setdefault(channel, 'a constant that its reader cannot take over')
+                why_not.setdefault(channel, 'a constant that its reader cannot absorb')
     needed = np.zeros(count, bool)
     needed[list(why_not)] = True
     closed = is_read & ~is_varied
@@ -111,7 +111,7 @@ def plan(trace: ChannelTrace, model: nn.Module, margin: float = MARGIN) -> Cut:
 
 
 def _can_add(modules: Mapping[str, nn.Module], trace: ChannelTrace, name: str) -> bool:
-    """Whether a layer can take a constant over: it sees no border, and has where to put it."""
+    """Whether a layer can absorb a constant: it has no padding, and a bias or a norm after it."""
     module: Any = modules[name]
     if isinstance(module, TRANSPOSED):
         return False
@@ -122,7 +122,7 @@ def _can_add(modules: Mapping[str, nn.Module], trace: ChannelTrace, name: str) -
 
 
 def _norm_behind(modules: Mapping[str, nn.Module], trace: ChannelTrace, name: str) -> Any:
-    """The norm that alone reads what a convolution puts out."""
+    """The norm that is the only reader of a convolution's output."""
     readers = trace.layers[name].readers
     norm = modules.get(next(iter(readers))) if len(readers) == 1 else None
     is_fit = norm is not None and is_norm(norm) and norm.running_mean is not None
@@ -137,7 +137,7 @@ def _added(module: Any, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_constants(model: nn.Module, trace: ChannelTrace, constants: Mapping[str, Tensor]) -> None:
-    """Put what constant channels add into biases, or out of the running means behind, in place."""
+    """Move what constant channels add into biases, or into the running means of norms, in place."""
     modules: Any = dict(model.named_modules())
     for name, values in constants.items():
         if modules[name].bias is not None:
@@ -149,7 +149,7 @@ def add_constants(model: nn.Module, trace: ChannelTrace, constants: Mapping[str,
 
 @torch.no_grad()
 def narrow(model: nn.Module, kept: Mapping[str, Mapping[str, str]]) -> nn.Module:
-    """Cut a network's layers down to what they keep, in place.
+    """Reduce the layers of a network to the channels they keep, in place.
 
     Args:
         model (nn.Module): The network.
@@ -220,9 +220,9 @@ def _set(module: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
 def build_pruned(
     whole_type: str | Callable, kept: Mapping[str, Mapping[str, str]], **settings: Any
 ) -> nn.Module:
-    """Build a model of another type, and cut it down.
+    """Build a model of another type, and reduce it to the channels it keeps.
 
-    What ``tools/prune.py`` makes of a config's model::
+    ``tools/prune.py`` replaces a config's model by::
 
         model = dict(type='PrunedModel', whole_type='FasterRCNN', kept={...}, ...)
 

@@ -1,9 +1,9 @@
-"""``--shrink`` of tools/train.py: a training in which filters collapse on purpose, to be cut out.
+"""``--shrink`` of tools/train.py: a training in which filters collapse on purpose, to be pruned.
 
-Weight decay on gamma and beta is a pressure, under which those filters lose that their gradients do
-not hold; the e-foldings, the sum of lr * decay / (1 - momentum), are the time that the losers have
-to vanish in. Twelve of them, bought by a long training, cost little AP in what was measured; bought
-by more decay in a short one they cost a third (docs/pruning.md).
+Weight decay on gamma and beta is a pressure: filters whose gradients do not hold them up shrink.
+How far is measured in e-foldings, the sum of lr * decay / (1 - momentum). In our measurements,
+twelve or more e-foldings from a long training cost no AP beyond the spread of seeds. Bought by a
+larger decay in a short training they cost a third of it (docs/evidence/shrink.md).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..configs.reading import ConfigError
 from ..layers import PostShiftedBatchNorm
 from ..recovery.forecast import e_foldings, schedule_of_config
 
-FOLDINGS = 12.0  # at which losers have vanished
-DECAY = 0.1  # the most that cost little AP
+FOLDINGS = 12.0  # after which filters without gradient have vanished
+DECAY = 0.1  # the largest decay that cost little AP
 
 
 def shrink_config(cfg: Config, decay: float | None) -> list[str]:
@@ -75,13 +75,13 @@ def shrink_config(cfg: Config, decay: float | None) -> list[str]:
         f'--shrink: gamma and beta of {len(trained)} BN are decayed by {chosen:.3g}, '
         f'{chosen / plain:,.0f} times as much as all else'
         + (f'; {frozen} are frozen, and stay' if frozen else ''),
-        f'  an undriven gamma shrinks by {has:.1f} e-foldings in this training',
+        f'  a gamma without gradient shrinks by {has:.1f} e-foldings in this training',
     ]
     if has < FOLDINGS - 0.5:
         lines.append(
-            f'  too few to vanish in: {FOLDINGS:.0f} take {FOLDINGS / has:.1f} times as many '
-            'iterations, or as large a learning rate. By more decay they cost AP: 0.338 fell to '
-            '0.207 in 6 epochs of the tutorial (docs/pruning.md)'
+            f'  too few for filters to vanish: {FOLDINGS:.0f} take {FOLDINGS / has:.1f} times the '
+            'iterations or the learning rate. A larger decay costs AP: in 6 epochs of the '
+            'tutorial 0.338 fell to 0.207 (docs/pruning.md)'
         )
     return lines
 

@@ -1,9 +1,9 @@
 """Which channels of a network belong together, and what is in them, found by watching passes.
 
-Every channel of every tensor has a number; convolutions and linear layers make new ones. Operations
-that work channel by channel pass them on, sums and products make channels one, concatenations and
-flattenings put them elsewhere. What is not known to be such an operation *needs* the channels it
-reads: they stay. So do those that are sliced or regrouped, whose places are counted.
+Every channel of every tensor has a number. Convolutions and linear layers create new numbers.
+Channel-wise operations pass them on, sums and products merge channels, concatenations and
+flattenings move them. Any other operation *needs* the channels it reads, so they stay. Sliced and
+regrouped channels stay, too, since the code counts their positions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..layers import PostShiftedBatchNorm
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, PostShiftedBatchNorm)
 _RECTIFIERS = {'relu', 'relu6', 'clamp', 'clamp_min', 'hardtanh', 'threshold'}
-# Besides what this torch tags as pointwise.
+# In addition to what this torch tags as pointwise.
 _POINTWISE = {
     *_RECTIFIERS,
     *('_to_copy', 'contiguous', 'lift_fresh', 'detach'),
@@ -37,7 +37,7 @@ _REDUCE = {'mean', 'sum', 'amax', 'amin'}
 
 @dataclass
 class Watched:
-    """What was in channels at one place, over all passes; arrays of shape (C,).
+    """The values of channels at one place, over all passes; arrays of shape (C,).
 
     Attributes:
         channels (np.ndarray): Their numbers.
@@ -54,12 +54,12 @@ class Watched:
 
     @classmethod
     def new(cls, channels: np.ndarray) -> Watched:
-        """Without anything seen yet."""
+        """Before anything was seen."""
         inf, zero = np.full(len(channels), np.inf), np.zeros(len(channels))
         return cls(channels, inf, -inf, zero.copy(), zero.copy())
 
     def add(self, values: Tensor, dim: int) -> None:
-        """See values, with the channels along a dimension."""
+        """Add values, with the channels along a dimension."""
         flat = values.detach().double().movedim(dim, 0).flatten(1)
         if flat.numel() == 0:
             return
@@ -81,11 +81,11 @@ class Layer:
     """A convolution, linear layer or norm.
 
     Attributes:
-        inputs (np.ndarray, optional): Numbers of the channels that it reads, one for each column
-            of its weight; None if it reads none that are known, such as an image's.
-        outputs (np.ndarray): Those that it writes; a norm's and a depthwise convolution's are its
-            inputs.
-        read (Watched, optional): What was in the inputs.
+        inputs (np.ndarray, optional): Numbers of the channels it reads, one for each column of its
+            weight; None if they are unknown, such as the channels of an image.
+        outputs (np.ndarray): Numbers of the channels it writes; for a norm and a depthwise
+            convolution they are its inputs.
+        read (Watched, optional): The values of the inputs.
         readers (set[str]): Layers and operations that read the outputs.
     """
 
@@ -105,9 +105,9 @@ class ChannelTrace(TorchDispatchMode):
 
     Attributes:
         layers (dict[str, Layer]): By name.
-        rectified (dict[tuple[str, int], Watched]): What went into rectifiers, by the module and
-            the how-manieth of its calls in a pass.
-        needed (dict[int, str]): For channels that cannot be cut, why.
+        rectified (dict[tuple[str, int], Watched]): The inputs of rectifiers, by the module and
+            the number of its call in a pass.
+        needed (dict[int, str]): Channels that cannot be cut, with the reason.
 
     Examples:
         >>> with torch.no_grad(), ChannelTrace(model) as trace:
@@ -151,7 +151,7 @@ class ChannelTrace(TorchDispatchMode):
     # Numbers
 
     def root(self, channel: int) -> int:
-        """The number that stands for all channels that are one with this."""
+        """The number that represents all channels merged with this one."""
         parents = self._parents
         while parents[channel] != channel:
             parents[channel] = parents[parents[channel]]

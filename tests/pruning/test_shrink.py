@@ -61,7 +61,7 @@ def test_a_short_training_is_told_of(cfg):
     assert cfg.custom_hooks[-1]['type'] == 'CollapseHook'
     assert '15 BN are decayed by 0.1, 1,000 times as much as all else; 5 are frozen' in lines[0]
     assert 'shrinks by 0.3 e-foldings' in lines[1]
-    assert 'too few to vanish in: 12 take' in lines[2]
+    assert 'too few for filters to vanish: 12 take' in lines[2]
 
 
 def test_a_long_one_decays_no_more_than_it_needs(cfg):
