@@ -430,30 +430,37 @@ def cut_by(by: str, before: Path, target: float, out: Path) -> Cut:
 
 
 def plan_of_runs() -> Iterator[list[dict]]:
-    """What is trained: what others start from first, and as much as there was time for."""
-    default = dict(kind='shrunk', decay=0.1, epochs=EPOCHS)
+    """What is trained, within three hours: first what others start from."""
     tutorial = dict(epochs=6, rate=0.005)
-    yield [{**default, 'seed': seed} for seed in range(3)]
-    yield [dict(kind='plain', epochs=EPOCHS, seed=seed) for seed in range(3)]
-    yield [dict(kind='shrunk', decay=0.92, seed=seed, **tutorial) for seed in range(3)]
-    yield [dict(kind='plain', seed=seed, **tutorial) for seed in range(3)]
-    yield [dict(kind='from_scratch', times=50, seed=0)]
-    for seed in range(2):
-        yield [
-            *(dict(kind='shrunk', decay=0.1, epochs=e, seed=seed) for e in MAP[0.1]),
-            *(dict(kind='plain', epochs=e, seed=seed) for e in (6, 36)),
+
+    def rivals(seed: int) -> list[dict]:
+        return [
             *(dict(kind='pruned', pruner=p, seed=seed) for p in PRUNERS),
-            dict(kind='again', seed=seed),
-            *(dict(kind='slimmed', l1=l1, seed=seed) for l1 in (L1 if seed == 0 else ())),
-            *(dict(kind='shrunk', decay=0.3, epochs=e, seed=seed) for e in MAP[0.3]),
             *(
                 dict(kind='narrow', channels=c, pretrained=True, epochs=EPOCHS, seed=seed)
                 for c in NARROW
             ),
         ]
+
+    yield [dict(kind='shrunk', decay=0.1, epochs=EPOCHS, seed=seed) for seed in range(3)]
+    yield [dict(kind='plain', epochs=EPOCHS, seed=seed) for seed in range(3)]
+    yield [dict(kind='shrunk', decay=0.92, seed=seed, **tutorial) for seed in range(3)]
+    yield [dict(kind='plain', seed=seed, **tutorial) for seed in range(3)]
+    yield [dict(kind='from_scratch', times=50, seed=0)]
+    yield [
+        *(dict(kind='shrunk', decay=d, epochs=e, seed=0) for d in MAP for e in MAP[d]),
+        *(dict(kind='plain', epochs=e, seed=0) for e in (6, 36)),
+        dict(kind='again', seed=0),
+        *(dict(kind='slimmed', l1=l1, seed=0) for l1 in L1),
+        *rivals(0),
+    ]
     yield [dict(kind='free', cut=cut, seed=seed) for seed in range(3) for cut in (False, True)]
     yield [dict(kind='costs')]
-    yield [dict(kind='shrunk', decay=0.03, epochs=e, seed=0) for e in MAP[0.03]]
+    yield [
+        dict(kind='shrunk', decay=0.1, epochs=30, seed=1),
+        dict(kind='plain', epochs=36, seed=1),
+        *rivals(1),
+    ]
 
 
 def arm_of(record: dict) -> str:
