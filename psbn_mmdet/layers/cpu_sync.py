@@ -1,4 +1,4 @@
-"""Batch normalisation over several processes on CPUs, which torch's SyncBatchNorm refuses."""
+"""Batch normalization over several processes on CPUs, which torch's SyncBatchNorm refuses."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def batch_norm_over_ranks(
         bias (Tensor, optional): b, shape (C,).
         running_mean (Tensor, optional): Updated in place, shape (C,).
         running_var (Tensor, optional): Updated in place with the unbiased variance, shape (C,).
-        factor (float): The share of the new statistics in the running ones.
+        factor (float): Weight of the new statistics in the running ones.
         eps (float): Added to the variance.
         group: The processes, None for all.
 
     Returns:
-        Tensor: Of the shape and type of ``x``.
+        Tensor: Same shape and dtype as ``x``.
 
     Raises:
-        ValueError: If there is one value per channel only, over all ranks.
+        ValueError: If all ranks together have only one value per channel.
     """
     axes = [0, *range(2, x.dim())]
     shape = [1, -1] + [1] * (x.dim() - 2)

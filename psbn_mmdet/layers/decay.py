@@ -1,13 +1,12 @@
-"""Weight decay of psBN's bias towards alpha: optimisers see beta = b - alpha in its place.
+"""Weight decay of psBN's bias towards alpha: optimizers see beta = b - alpha instead of b.
 
-The parameter of a psBN layer is the bias ``b = beta + alpha``. For the time of an optimiser's
-``step`` it is moved by ``-alpha``, and back after it. So whatever the optimiser does with a
-parameter, it does with beta, as in arXiv 2001.11216: weight decay pulls beta to 0 and b to alpha.
+The parameter of a psBN layer is the bias ``b = beta + alpha``. During an optimizer's
+``step`` it is moved by ``-alpha``, and back after it. The optimizer therefore updates beta, as in
+arXiv 2001.11216: weight decay pulls beta to 0 and b to alpha.
 
 The move is part of ``step`` itself, in each subclass of :class:`torch.optim.Optimizer`. torch's
-step hooks do not do: post-hooks are skipped when a step raises, which would leave beta in the
-network, and other hooks on the same step, such as those that update an average of the weights,
-would see beta.
+step hooks are not enough. Post-hooks are skipped when a step raises, which would leave beta in the
+network. Other hooks on the same step, such as weight averaging, would see beta.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ PASSES = 1000  # in training without a step, after which a layer warns
 
 _layers: WeakSet[Any] = WeakSet()
 _moved: set[int] = set()  # ids of the biases that are beta at this moment
-# Also in a step that is compiled. The public torch.compiler.disable would import the compiler.
+# Runs eagerly in a compiled step, too. The public torch.compiler.disable would import the compiler.
 _eagerly = torch._disable_dynamo
 
 
 def follow(layer: nn.Module) -> None:
-    """Have optimisers see ``bias - shift`` of a layer from now on."""
+    """Have optimizers see ``bias - shift`` of a layer from now on."""
     _layers.add(layer)
 
 
 def unfollow(layer: nn.Module) -> None:
-    """Have optimisers see the bias of a layer as it is."""
+    """Have optimizers see the bias of a layer as it is."""
     _layers.discard(layer)
 
 
 def count_pass(layer: Any) -> None:
-    """Count a training pass of a layer that no optimiser has stepped, and warn after many.
+    """Count a training pass of a layer that no optimizer has stepped, and warn after many.
 
-    Optimisers of flattened or copied parameters (FSDP1, DeepSpeed, Apex O2) and updates written
+    Optimizers of flattened or copied parameters (FSDP1, DeepSpeed, Apex O2) and updates written
     by hand change a bias without any step on the parameter itself.
     """
     layer.passes += 1
@@ -68,8 +67,8 @@ class _Biases(NamedTuple):
 @_eagerly
 @torch.no_grad()
 def _move(optimizer: Optimizer) -> list[_Biases]:
-    """Make beta of the biases of psBN layers that an optimiser steps."""
-    # One that holds another leaves it to that: ZeroRedundancyOptimizer, Lookahead.
+    """Replace b by beta in the psBN biases that an optimizer steps."""
+    # Wrappers (ZeroRedundancyOptimizer, Lookahead) leave the move to the optimizer they hold.
     if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
         return []
     own = {param for group in optimizer.param_groups for param in group['params']}
@@ -84,7 +83,7 @@ def _move(optimizer: Optimizer) -> list[_Biases]:
                 layer.fresh, layer.passes = False, -1
     moved = []
     for (_, dtype, shift), params in groups.items():
-        # As this type holds it, so that b = alpha is beta = 0.
+        # Rounded to the dtype, so that b = alpha gives exactly beta = 0.
         alpha = torch.tensor(shift, dtype=dtype, device='cpu').item()
         b = torch.cat(_local(params))
         beta = b - alpha
@@ -97,10 +96,10 @@ def _move(optimizer: Optimizer) -> list[_Biases]:
 @_eagerly
 @torch.no_grad()
 def _put_back(moved: list[_Biases]) -> None:
-    """Make b of what beta has become."""
+    """Replace the updated beta by b."""
     for params, alpha, b, beta in moved:
         now = torch.cat(_local(params))
-        # (b - alpha) + alpha is not always b: what the optimiser left alone stays as it was.
+        # (b - alpha) + alpha may differ from b by rounding: keep b where beta is unchanged.
         _write(params, torch.where(now == beta, b, now + alpha))
         _moved.difference_update(params)
 
@@ -111,12 +110,12 @@ def _write(params: dict[int, Any], values: Tensor) -> None:
 
 
 def _local(params: dict[int, Any]) -> list[Tensor]:
-    """The values on this rank, which of FSDP2's DTensors are a part."""
+    """The values on this rank: the local shard of FSDP2's DTensors."""
     return [p.to_local() if hasattr(p, 'to_local') else p for p in params.values()]
 
 
 def _on_beta(method: Callable) -> Callable:
-    """A method of an optimiser, with biases moved while it runs."""
+    """Wrap an optimizer method to move the biases while it runs."""
 
     @functools.wraps(method)
     def moving(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -152,12 +151,12 @@ def _on_beta(method: Callable) -> Callable:
 
 
 def _prepare(optimizer_class: type[Optimizer]) -> None:
-    # Schedule-free optimisers exchange parameters and averages in `train` and `eval`.
+    # Schedule-free optimizers exchange parameters and averages in `train` and `eval`.
     for name in ('step', 'train', 'eval'):
         method = vars(optimizer_class).get(name)
         if not callable(method) or hasattr(method, '_on_beta'):
             continue
-        # Hooks on the step see b, also of an optimiser that was made before this was imported.
+        # Hooks on the step see b, also of an optimizer that was made before this was imported.
         has_hooks = hasattr(method, 'hooked')
         moving = _on_beta(method.__wrapped__ if has_hooks else method)
         if has_hooks:

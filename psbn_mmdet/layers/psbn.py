@@ -1,12 +1,12 @@
-"""Post-shifted batch normalisation (psBN).
+"""Post-shifted batch normalization (psBN).
 
-Batch normalisation computes ``y = gamma * xhat + beta``. psBN adds a fixed constant
+Batch normalization computes ``y = gamma * xhat + beta``. psBN adds a fixed constant
 ``alpha > 0``, here called *shift*, after it (arXiv 2001.11216)::
 
     y = gamma * xhat + beta + alpha = gamma * xhat + b,        b = beta + alpha
 
-That is BN with the bias b. What differs is where weight decay pulls b: to alpha, where BN's goes to
-0. A filter whose gamma and beta have decayed to 0 outputs alpha > 0: the rectifier behind it opens
+That is BN with the bias b, except that weight decay pulls b to alpha instead of 0. A
+filter whose gamma and beta have decayed to 0 outputs alpha > 0: the rectifier behind it opens
 and the filter trains again.
 
 So psBN is a BN whose bias starts at alpha and decays towards alpha. The parameter ``bias`` is b;
@@ -26,9 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .cpu_sync import batch_norm_over_ranks
 from .decay import count_pass, follow
 
-# Before torch 2.2 it has another name.
+# Named differently before torch 2.2.
 _is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
-# float16 holds a smaller one badly, and rounds biases away beside a larger one.
+# In float16 a smaller shift loses precision, and a larger one rounds biases away.
 LEAST_SHIFT, MOST_SHIFT = 1e-4, 100.0
 
 
@@ -67,16 +67,16 @@ def rectifier_closed(gamma: Any, bias: Any, k: float = 3.0) -> Any:
 
 
 class PostShiftedBatchNorm(_BatchNorm):
-    """Base class of the psBN layers; it is to them what torch's ``_BatchNorm`` is to BN.
+    """Base class of the psBN layers, like torch's ``_BatchNorm`` for BN.
 
-    An initialiser that sets the bias of a new layer to 0, as MMCV's ``ConvModule`` and
-    MMDetection's ``init_cfg`` do, means beta: until weights are loaded or an optimiser has stepped
+    An initializer that sets the bias of a new layer to 0, as MMCV's ``ConvModule`` and
+    MMDetection's ``init_cfg`` do, means beta: until weights are loaded or an optimizer has stepped
     it, a bias of zeros is set to ``shift`` when the layer runs or its state dict is taken.
 
     Args:
-        *args: Those of torch's BN.
+        *args: Passed to torch's BN.
         shift (float): The constant alpha, from 0.0001 to 100. Defaults to 0.1.
-        **kwargs: Those of torch's BN. Without a bias (``affine=False``) there is nothing to
+        **kwargs: Passed to torch's BN. Without a bias (``affine=False``) there is nothing to
             shift: the layer is BN.
 
     Attributes:
@@ -86,8 +86,8 @@ class PostShiftedBatchNorm(_BatchNorm):
         ValueError: If ``shift`` is out of range.
     """
 
-    fresh = False  # whether a bias of zeros is what an initialiser wrote
-    passes = -1  # in training before an optimiser's first step; -1 after it
+    fresh = False  # whether an initializer may have set the bias to zeros
+    passes = -1  # training passes before the first optimizer step; -1 after it
 
     def __init__(self, *args: Any, shift: float = 0.1, **kwargs: Any) -> None:
         self.shift = check_shift(shift)
@@ -108,7 +108,7 @@ class PostShiftedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Set the bias to ``shift`` where it is what an initialiser wrote, all zeros."""
+        """Set the bias to ``shift`` if an initializer has set it to zeros."""
         bias: Any = self._parameters.get('bias')
         if self.fresh and bias is not None and not bias.is_meta:
             local = bias.to_local() if hasattr(bias, 'to_local') else bias  # FSDP2's DTensor
@@ -116,7 +116,7 @@ class PostShiftedBatchNorm(_BatchNorm):
                 local.fill_(self.shift)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``forward``, which is torch's, after what comes before an optimiser's first step."""
+        """Run torch's ``forward``; until the first optimizer step, check the bias before."""
         if not _is_compiling() and self.passes >= 0:
             self._before_first_step()
         return super().__call__(*args, **kwargs)
@@ -143,8 +143,8 @@ class PostShiftedBatchNorm(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# `_BatchNorm` stands among the bases of each class since MMEngine's weight initialisation looks
-# at direct bases only (`init_cfg=dict(type='Constant', layer='_BatchNorm')`).
+# `_BatchNorm` is a direct base of each class because MMEngine's weight initialization looks at
+# direct bases only (`init_cfg=dict(type='Constant', layer='_BatchNorm')`).
 
 
 @MODELS.register_module('psBN1d')
@@ -186,14 +186,14 @@ class PostShiftedSyncBatchNorm(PostShiftedBatchNorm, _BatchNorm):
     """psBN with statistics over all processes: y = gamma * xhat + beta + shift.
 
     In a single process it is psBN over an input of any shape (N, C, ...). With several processes
-    on accelerators it computes what ``torch.nn.SyncBatchNorm`` does, by its ``forward``; on CPUs,
-    which that refuses, by :func:`.batch_norm_over_ranks`.
+    on accelerators it runs the ``forward`` of ``torch.nn.SyncBatchNorm``. On CPUs, which that class
+    does not support, it uses :func:`.batch_norm_over_ranks`.
 
-    It does not inherit from ``torch.nn.SyncBatchNorm``: MMEngine makes a BN of whatever does, in
-    every run of one process.
+    It does not inherit from ``torch.nn.SyncBatchNorm``: in a single-process
+    run MMEngine converts every subclass to BN.
 
     Args:
-        process_group (optional): The processes to synchronise, None for all of them. Stands
+        process_group (optional): The processes to synchronize, None for all of them. Stands
             before ``device`` as in torch. Defaults to None.
 
     The other arguments are those of :class:`PostShiftedBatchNorm`.
@@ -218,7 +218,7 @@ class PostShiftedSyncBatchNorm(PostShiftedBatchNorm, _BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``, shape (N, C, ...)."""
-        layer = cast(Any, self)  # torch's methods, of a class that this one is not
+        layer = cast(Any, self)  # for torch's methods, which expect a SyncBatchNorm
         if not (self.training and x.device.type == 'cpu' and is_distributed()):
             return nn.SyncBatchNorm.forward(layer, x)
         layer._check_input_dim(x)

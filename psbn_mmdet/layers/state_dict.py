@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_CHANNELS = 10**6  # a file of a few bytes can claim any number, by strides of 0
+MOST_CHANNELS = 10**6  # with strides of 0, a tiny file can claim any number
 
 
 def entry_key(layer: str, entry: str) -> str:
@@ -17,14 +17,14 @@ def entry_key(layer: str, entry: str) -> str:
 
 
 def has_plain_values(tensor: Tensor) -> bool:
-    """Whether a tensor is a plain array of real numbers: not complex, quantised or sparse."""
+    """Whether a tensor is a plain array of real numbers: not complex, quantized or sparse."""
     return not (tensor.is_complex() or tensor.is_quantized) and tensor.layout == torch.strided
 
 
 def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str | None]:
-    """Find the BN layers in a state dict, from nothing but its keys and shapes.
+    """Find the BN layers in a state dict by its keys and shapes.
 
-    BN is what has a running variance; LayerNorm and GroupNorm have none. An InstanceNorm that
+    A layer with a running variance is BN; LayerNorm and GroupNorm have none. An InstanceNorm that
     tracks its statistics has the same entries and cannot be told apart.
 
     Args:
@@ -32,7 +32,7 @@ def find_norm_states(state_dict: Mapping[str, Any]) -> dict[str, str | None]:
 
     Returns:
         dict[str, str, optional]: By layer name, in the order of the file, '' for a layer that is
-        itself the network: None, or why nothing can be said of the layer, such as 'no gamma'.
+        itself the network: None, or why the layer cannot be judged, such as 'no gamma'.
     """
     found: dict[str, str | None] = {}
     for key in state_dict:

@@ -1,4 +1,4 @@
-"""BN to psBN and back in a built network: the class of its layers changes, their weights do not."""
+"""Conversion of a built network from BN to psBN and back: layers change class, not weights."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _PSBN_OF_BN: dict[type[nn.Module], type[PostShiftedBatchNorm]] = {
     nn.BatchNorm3d: PostShiftedBatchNorm3d,
     nn.SyncBatchNorm: PostShiftedSyncBatchNorm,
     SyncBatchNorm: PostShiftedSyncBatchNorm,  # the SyncBN of configs, which is torch's
-    # What MMEngine makes of SyncBN in a run of one process; it takes inputs of any shape.
+    # MMEngine's replacement for SyncBN in a single process; takes inputs of any shape.
     _BatchNormXd: PostShiftedSyncBatchNorm,
 }
 _BN_OF_PSBN = {psbn: bn for bn, psbn in reversed(_PSBN_OF_BN.items())}
 
 
 def bn_to_psbn(network: nn.Module, shift: float = 0.1) -> nn.Module:
-    """Make psBN of the BN layers of a network, in place; outputs stay as they are.
+    """Convert the BN layers of a network to psBN, in place, without changing its outputs.
 
     Layers of torch's own BN classes change their class and nothing else: parameters, buffers and
-    hooks stay the same objects, so an optimiser may have been built. Layers of other classes are
+    hooks stay the same objects, so an optimizer may have been built. Layers of other classes are
     left alone, since they may compute something else, and so are layers without a bias.
 
     Args:
@@ -61,10 +61,10 @@ def bn_to_psbn(network: nn.Module, shift: float = 0.1) -> nn.Module:
 
 
 def psbn_to_bn(network: nn.Module) -> nn.Module:
-    """Make BN of the psBN layers of a network, in place; outputs stay as they are.
+    """Convert the psBN layers of a network to BN, in place, without changing its outputs.
 
-    For what compares exact classes, such as the fusing of torch.fx and the quantisation of
-    torch.ao. Layers of subclasses of psBN are left alone.
+    For tools that compare exact classes, such as torch.fx fusion and torch.ao quantization.
+    Layers of subclasses of psBN are left alone.
 
     Args:
         network (nn.Module): A network, or a layer.
@@ -99,15 +99,15 @@ def _to_bn(layer: Any) -> bool:
 
 
 def in_scope(path: str, scope: str | None) -> bool:
-    """Whether a dotted path leads into a part, such as 'student.backbone.bn1' into 'backbone'."""
+    """Whether a dotted path has a part, such as 'backbone' in 'student.backbone.bn1'."""
     return scope is None or f'.{scope}.' in f'.{path}.'
 
 
 @torch.no_grad()
 def switch_norms(model: nn.Module, norm: str, scope: str | None = None) -> dict[str, str]:
-    """Make psBN of all BN layers of a new model, or BN of all its psBN layers, in place.
+    """Convert all BN layers of a new model to psBN, or all psBN layers to BN, in place.
 
-    New layers start as those of the other kind do: psBN at a bias of ``shift``, BN at 0. Others,
+    New layers get the initial bias of their new kind: ``shift`` for psBN, 0 for BN. Others,
     such as those of a backbone that has loaded its weights, keep their function.
 
     Args:
@@ -116,7 +116,7 @@ def switch_norms(model: nn.Module, norm: str, scope: str | None = None) -> dict[
         scope (str, optional): Only layers inside modules of this name. Defaults to None, all.
 
     Returns:
-        dict[str, str]: BN layers that were left, and why.
+        dict[str, str]: BN layers that were not converted, and why.
 
     Raises:
         ValueError: If ``norm`` is neither 'psBN' nor 'BN'.
@@ -147,7 +147,7 @@ def _is_bn(layer: nn.Module) -> bool:
 
 
 def _is_mm_sync_bn(layer: nn.Module) -> bool:
-    """Of mmcv: MMSyncBN, which is no subclass of torch's."""
+    """Whether a layer is MMCV's MMSyncBN, which does not subclass torch's BN."""
     return (type(layer).__module__, type(layer).__name__) == ('mmcv.ops.sync_bn', 'SyncBatchNorm')
 
 
@@ -157,14 +157,14 @@ def build_switched(
 ) -> nn.Module:
     """Build a model of another type, and switch its norms.
 
-    What ``tools/train.py --norm psBN`` makes of a config's model::
+    ``tools/train.py --norm psBN`` rewrites a config's model to::
 
         model = dict(type='SwitchNorms', model_type='YOLOV3', switches=[dict(norm='psBN')], ...)
 
     Args:
         model_type (str | Callable): The ``type`` that the config had.
         switches (Sequence[dict]): Arguments of :func:`switch_norms`, one after another.
-        **settings: Of the model.
+        **settings: Settings of the model.
 
     Returns:
         nn.Module: The model itself.
@@ -179,7 +179,7 @@ def build_switched(
 
 
 def kinds_of_norms(model: nn.Module) -> Iterator[tuple[str, str, bool]]:
-    """Go through the norms of a model.
+    """Iterate over the norms of a model.
 
     Args:
         model (nn.Module): The model.
