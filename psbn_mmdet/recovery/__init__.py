@@ -1,4 +1,4 @@
-"""What is done about closed filters: opening them in a training, or at once in a checkpoint."""
+"""Opening closed filters, during training or directly in a checkpoint."""
 
 from .recovery import Recovery, decay_per_step
 from .revive import revive

@@ -1,9 +1,9 @@
-"""What psBN can do in a training, before it begins: which closed filters open, and when.
+"""Forecast of a training: which closed filters psBN will open, and when.
 
-No gradient reaches a closed filter, so what becomes of its gamma and beta = b - alpha follows from
-the optimiser and the learning rates alone. A copy of the optimiser, which has the gammas and betas
-of the closed filters in place of the network's parameters, is stepped through the training with
-gradients of 0, at the learning rates that the training's own schedulers give. A filter opens, as
+No gradient reaches a closed filter, so its gamma and beta = b - alpha depend only on the optimizer
+and the learning rates. A copy of the optimizer, holding the gammas and betas of the closed filters
+instead of the network's parameters, is stepped through the training with gradients of 0, at the
+learning rates of the training's own schedulers. A filter opens, as
 arXiv 2001.11216 has it for gamma = 0, where
 
     beta + alpha + k |gamma| > 0,
@@ -35,24 +35,24 @@ from ..configs.reading import type_name
 from ..layers import PostShiftedBatchNorm
 from .recovery import decay_per_step
 
-STEPS = 4000  # made of a training; in a longer one most stand for several
-ITERATIONS = 300_000  # for which schedulers are stepped; later the learning rate stays as it is
-# Biases of filters with gamma = 0, of which the lowest that opens is told.
+STEPS = 4000  # simulated steps; in a longer training most stand for several
+ITERATIONS = 300_000  # of stepping schedulers; the learning rate is constant afterwards
+# Negated biases of filters with gamma = 0; the lowest bias that opens is reported.
 _PROBES = torch.logspace(-6, 2, 801)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How an optimiser will treat the parameters of some layers in a training.
+    """How an optimizer will treat the parameters of some layers in a training.
 
     Attributes:
         optimizer (Optimizer): As it is at the start.
         settings (list[dict]): Of its parameter groups, one of each kind.
         kinds (dict[nn.Parameter, int]): By parameter, which of them it has.
-        rates (list[list[dict]]): By step of the optimiser and kind, what schedulers set: the
+        rates (list[list[dict]]): By step of the optimizer and kind, what schedulers set: the
             learning rate, and momentum. At most :data:`ITERATIONS` of them.
         iterations (int): Of the training.
-        every (int): Iterations for each step of the optimiser.
+        every (int): Iterations for each step of the optimizer.
     """
 
     optimizer: Optimizer
@@ -64,9 +64,9 @@ class Schedule:
 
 
 class _StandIn:
-    """What a scheduler writes to in an optimiser's place."""
+    """Stands in for an optimizer that schedulers write to."""
 
-    _global_step = 0  # MMEngine warns where an optimiser was not stepped before its scheduler
+    _global_step = 0  # MMEngine warns where an optimizer was not stepped before its scheduler
 
     def __init__(self, groups: list[dict]) -> None:
         self.param_groups = [{k: v for k, v in g.items() if k != 'params'} for g in groups]
@@ -84,26 +84,26 @@ def read_schedule(
     iterations: int,
     epoch_length: int | None,
 ) -> Schedule:
-    """Find out how a training will treat parameters.
+    """Read how a training will treat parameters.
 
-    Copies of the schedulers are stepped through the iterations. Those that follow a metric leave
-    the learning rate as it is.
+    Copies of the schedulers are stepped through the iterations. Schedulers that follow a
+    metric are ignored.
 
     Args:
-        wrapper (OptimWrapper): With the optimiser, as it is at the start.
+        wrapper (OptimWrapper): With the optimizer, as it is at the start.
         schedulers (Sequence[_ParamScheduler]): Its schedulers, as they are at the start.
         params (Collection[nn.Parameter]): Those that are asked for.
         iterations (int): Of the training to come.
         epoch_length (int, optional): Iterations in an epoch; None if the training has none.
 
     Returns:
-        Schedule: Of those that the optimiser has and that are trained.
+        Schedule: Of those that the optimizer has and that are trained.
     """
     groups = wrapper.optimizer.param_groups
     schedulers = [s for s in schedulers if not getattr(s, 'need_val_args', False)]
     first: dict[tuple, int] = {}  # by settings, the first group that has them
     kinds: dict[nn.Parameter, int] = {}
-    # Older MMEngines give the optimiser frozen parameters, too, of which it takes no step.
+    # Older MMEngines give the optimizer frozen parameters, too, of which it takes no step.
     wanted = {param for param in params if param.requires_grad}
     for number, group in enumerate(groups):
         own = wanted & set(group['params'])
@@ -114,7 +114,7 @@ def read_schedule(
             kinds.update(dict.fromkeys(own, list(first).index(kind)))
     chosen = list(first.values())
     stand_in = _StandIn([groups[number] for number in chosen])
-    # With the optimiser they would copy all of its parameters.
+    # Without the stand-in, the copies would include all parameters of the optimizer.
     memo = {id(wrapper): stand_in, id(wrapper.optimizer): stand_in}
     copies = [copy.deepcopy(scheduler, memo) for scheduler in schedulers]
     for scheduler in copies:
@@ -183,7 +183,7 @@ class Forecast:
     weight_decay: list[float]
 
     def text(self) -> str:
-        """What to tell the user, in one or two sentences."""
+        """The forecast in one or two sentences."""
         if not self.before_relu:
             return (
                 'no psBN layer stands right before a ReLU. LeakyReLU, SiLU, GELU and the like let '
@@ -266,7 +266,7 @@ def make_forecast(
         Forecast, optional: None if no psBN layer is trained.
 
     Raises:
-        ValueError: If the optimiser cannot be stepped without the network.
+        ValueError: If the optimizer cannot be stepped without the network.
     """
     parts: dict[tuple, Part] = {}
     before_relu = 0
@@ -294,7 +294,7 @@ def make_forecast(
         for by, settings in (('weight decay', None), ('RecoveryHook', recovery)):
             if settings or by == 'weight decay':
                 _follow(schedule, found, census.k, by, settings)
-    except Exception as error:  # such as of one that wants a closure
+    except Exception as error:  # such as an optimizer that needs a closure
         raise ValueError(
             f'{type(schedule.optimizer).__name__} cannot be stepped without the network '
             f'({type(error).__name__}: {error})'
@@ -307,7 +307,7 @@ def make_forecast(
 def _follow(
     schedule: Schedule, parts: list[Part], k: float, by: str, recovery: tuple[int, int] | None
 ) -> None:
-    """Step a copy of the optimiser through the training, and note when filters open."""
+    """Step a copy of the optimizer through the training, and note when filters open."""
     groups = [{**settings, 'params': []} for settings in schedule.settings]
     pairs, opened = [], []
     for part in parts:
@@ -335,7 +335,7 @@ def _follow(
 
 
 def _stepped(schedule: Schedule, groups: list[dict]) -> Iterator[tuple[int, int]]:
-    """Step a copy of the optimiser, which has these groups: what was made, how much of it now."""
+    """Step a copy of the optimizer, which has these groups: what was made, how much of it now."""
     optimizer = _copy_of(schedule.optimizer, groups)
     made = schedule.iterations // schedule.every
     ends = np.arange(1, made + 1)
@@ -356,7 +356,7 @@ def _stepped(schedule: Schedule, groups: list[dict]) -> Iterator[tuple[int, int]
 
 @torch.no_grad()
 def e_foldings(schedule: Schedule) -> float:
-    """By how many factors of e an undriven gamma decays in a training: the least of all.
+    """The smallest number of e-foldings by which an undriven gamma decays in a training.
 
     Args:
         schedule (Schedule): Of the gammas that are asked for.
@@ -377,12 +377,12 @@ def e_foldings(schedule: Schedule) -> float:
 
 
 def _copy_of(optimizer: Optimizer, groups: list[dict]) -> Optimizer:
-    """An optimiser with the same settings, other parameters, and no state or hooks."""
-    for group in groups:  # these want the parameters on an accelerator
+    """An optimizer with the same settings, other parameters, and no state or hooks."""
+    for group in groups:  # these need parameters on an accelerator
         group.update({key: False for key in ('capturable', 'fused') if group.get(key)})
     made = object.__new__(type(optimizer))
     vars(made).update(vars(optimizer))
-    vars(made).pop('step', None)  # what others have put before the class's own
+    vars(made).pop('step', None)  # a wrapper set on the instance
     made.param_groups, made.state = groups, defaultdict(dict)
     made._optimizer_step_pre_hooks = OrderedDict()
     made._optimizer_step_post_hooks = OrderedDict()
@@ -402,7 +402,7 @@ def forecast_of_config(cfg: Config, census: Census) -> Forecast | None:
         Forecast, optional: None if no psBN layer is trained.
 
     Raises:
-        ValueError: If the config has not all that a training needs, or its optimiser cannot be
+        ValueError: If the config has not all that a training needs, or its optimizer cannot be
             stepped without the network.
         CheckpointError: If the model cannot be built.
     """
@@ -442,13 +442,13 @@ def schedule_of_config(cfg: Config, model: nn.Module, params: Collection[nn.Para
 
 def _optim_wrapper(cfg: Config, model: nn.Module) -> OptimWrapper:
     settings = copy.deepcopy(cfg.optim_wrapper)
-    if settings.get('type') == 'AmpOptimWrapper':  # which there is on accelerators alone
+    if settings.get('type') == 'AmpOptimWrapper':  # available on accelerators only
         settings['type'] = 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fp64'):
             settings.pop(key, None)
     wrapper = build_optim_wrapper(model, settings)
     if isinstance(wrapper, OptimWrapperDict):
-        raise ValueError('the config has several optimisers')
+        raise ValueError('the config has several optimizers')
     scaling = cfg.get('auto_scale_lr') or {}
     if scaling.get('enable'):  # as Runner.scale_lr does it
         for group in wrapper.optimizer.param_groups:

@@ -1,17 +1,17 @@
 """Recovery: decaying gamma and beta = b - alpha of closed filters until psBN's shift opens them.
 
 A filter is *closed* while the ReLU behind its psBN passes nothing: ``gamma * xhat + beta + alpha
-<= 0`` for all inputs. Its output is then 0 whatever gamma and beta are, so both may be multiplied
+<= 0`` for all inputs. Its output is then 0 for any gamma and beta, so both may be multiplied
 by ``q < 1`` at no cost, as long as it stays closed. With ``m < -alpha`` the maximum of ``gamma *
 xhat + beta``, it does until ``q^n m + alpha > 0``: there the output leaves 0, continuously,
 gradients reach the filter again, and the decay ends. Weight decay does the same at the rate of the
 whole network (arXiv 2001.11216); closed filters of BN stay closed throughout.
 
-That a filter is closed is seen: in each of the last forward passes of its layer, in training or
-not, on all ranks, the output that goes into ReLUs alone was never positive; or it went into sums
-alone, as at the end of a residual block, these into ReLUs, and they passed nothing. (The decay then
-brings the layer's part of the sum nearer to alpha, and the rest is the same.) Nor did its bias get
-a gradient. A filter that is open in rare images alone, of which none came, is not told from these.
+Closed filters are detected from the last forward passes of their layer, in training and
+evaluation, on all ranks. Either the output goes into ReLUs alone and was never positive, or it goes
+into sums that go into ReLUs, as at the end of a residual block, and these passed nothing.
+(The decay then moves the layer's part of the sum towards alpha.) The bias must also have had no
+gradient. A filter that opens only on rare images looks closed if none of them came.
 
 Weights around filters that came closed with the loaded weights have decayed, too, and are restored
 once, at the start (:mod:`.restore`).
@@ -37,13 +37,13 @@ from ..collapse.structure import Structure, in_backward
 from ..layers import PostShiftedBatchNorm
 from .restore import restore
 
-# Averages of gradients, which are 0 where none comes.
+# Averages of gradients; 0 for a filter without gradients.
 _MOMENTS = {
     *('momentum_buffer', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'exp_inf'),
     *('square_avg', 'grad_avg', 'acc_delta', 'sum'),
 }
-# Other positions of the parameter, which go where it goes: of D-Adaptation, schedule-free
-# optimisers, ASGD and Lookahead.
+# Other copies of the parameter, moved along with it: of D-Adaptation, schedule-free
+# optimizers, ASGD and Lookahead.
 _POSITIONS = {'x0', 'z', 'ax', 'slow_buffer', 'slow_param'}
 
 
@@ -54,7 +54,7 @@ def decay_per_step(shift: float, steps: int) -> float:
 
     Args:
         shift (float): The constant alpha.
-        steps (int): Number of optimiser steps.
+        steps (int): Number of optimizer steps.
 
     Returns:
         float: Above 0 and below 1.
@@ -63,29 +63,28 @@ def decay_per_step(shift: float, steps: int) -> float:
 
 
 class Recovery:
-    """Decay gamma and b - alpha of closed filters of psBN layers, after optimiser steps.
+    """Decay gamma and b - alpha of closed filters of psBN layers, after optimizer steps.
 
-    Once in ``window`` steps the gradients of all biases are looked at. Filters without any are
+    Every ``window`` steps the gradients of all biases are read. Filters without any are
     watched from then on: in each forward pass their outputs, in each step their gradients. After
-    ``window`` passes without a sign of life they are decayed, until there is one. Moments of the
-    optimiser, such as momentum, are set to 0 meanwhile.
+    ``window`` passes without a sign of life they are decayed until one appears. Moments of the
+    optimizer, such as momentum, are set to 0 meanwhile.
 
-    What was seen is judged, and gamma and beta are decayed, once in ``window`` steps by that many
-    factors, which is hardly less smooth and costs less; in each step where ``steps`` is small.
+    To save time, the evidence is judged and gamma and beta are decayed every ``window`` steps, by
+    that many factors at once. If ``steps`` is small, this is done in each step.
 
-    Layers take part of which the structure knows where an open filter shows, and whose gamma and
-    bias are trained by one optimiser, with a learning rate. With several ranks there is a
-    reduction at each of these times; all ranks do the same.
+    A layer takes part if the structure has a witness for it, and one optimizer trains its gamma and
+    bias with a learning rate. With several ranks, each judgement takes one reduction, and all ranks
+    reach the same result.
 
     Args:
         network (nn.Module): The network.
-        optimizers (Sequence[Optimizer]): All optimisers of the training.
+        optimizers (Sequence[Optimizer]): All optimizers of the training.
         structure (Structure): What stands around its layers; the same on all ranks.
         steps (int): Number of steps in which a filter with beta = -1 opens.
         window (int): Number of forward passes of evidence.
-        failed (Callable): Called with the exception, None on a rank where nothing failed, when
-            something has failed in this; nothing is decayed from then on, on any rank. The
-            training goes on.
+        failed (Callable): Called with the exception when recovery fails, or None on a rank where
+            nothing failed. Recovery then ends on all ranks, and the training continues.
         copies (Callable, optional): Returns the modules, by the network's names, of each averaged
             copy of it, whose weights are restored with the network's. None to restore nothing.
             Defaults to None.
@@ -127,7 +126,7 @@ class Recovery:
             ]
             for device in dict.fromkeys(layer.bias.device for layer in layers):
                 of_device = [layer for layer in layers if layer.bias.device == device]
-                # Together with so many factors a filter still opens in 50 times or more.
+                # Even so, a filter takes at least 50 decays to open.
                 every = window if steps >= 50 * window else 1
                 group = _Group(of_device, window, every)
                 self._groups.append(group)
@@ -161,11 +160,11 @@ class Recovery:
         }
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What a resumed run goes on from: plain values, and tensors on the CPU."""
+        """The state for a resumed run: plain values, and tensors on the CPU."""
         return [group.state_dict() for group in self._groups]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Go on from there.
+        """Load the state of an earlier run.
 
         Raises:
             ValueError: If it is of other layers.
@@ -178,7 +177,7 @@ class Recovery:
             group.load_state_dict(own)
 
     def close(self) -> None:
-        """Detach from the optimisers and the layers."""
+        """Detach from the optimizers and the layers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -190,7 +189,7 @@ class Recovery:
             group.watch(torch.zeros_like(group.watched))
 
     def _fail(self, error: Exception) -> None:
-        """Keep what has failed; with several ranks all end together, at the next reduction."""
+        """Keep the error; with several ranks, all end together at the next reduction."""
         self._error = self._error or error
         if get_world_size() == 1 and not self.ended:
             self._end()
@@ -204,7 +203,7 @@ class Recovery:
             is_due = group.note_step(self._fail)
             if not is_due:
                 return
-            # The reductions come first, which no rank may leave out.
+            # The reductions come first, since no rank may skip them.
             alive, passes = group.exchange_evidence(self._error is not None)
             has_failed = group.exchange_gradients(self._error is not None)
             if has_failed:
@@ -262,7 +261,7 @@ class Recovery:
 
 
 class _Layer:
-    """A psBN layer, and what its watched channels have put out since the last step.
+    """A psBN layer, and the outputs of its watched channels since the last step.
 
     Attributes:
         index (Tensor): The watched channels.
@@ -333,7 +332,7 @@ class _Layer:
 
     def _most_of(self, output: Any) -> Tensor:
         if not isinstance(output, Tensor) or output.shape[1:2] != self.bias.shape:
-            # Such as the tuple that a block may return: not seen, which may be open.
+            # Such as a tuple returned by a block: not readable, so taken as open.
             return torch.full_like(self.index, 1, dtype=torch.float)
         seen = output.detach().index_select(1, self.index)
         return seen.amax([d for d in range(seen.dim()) if d != 1]).float()
@@ -344,7 +343,7 @@ def _larger(one: Tensor | None, other: Tensor) -> Tensor:
 
 
 class _Look:
-    """The forward hook of a layer's witness. Copies of a network have none that does anything."""
+    """The forward hook of a layer's witness. In copies of a network it does nothing."""
 
     def __init__(self, layer: _Layer) -> None:
         self._layer = layer
@@ -365,7 +364,7 @@ def _do_nothing(module: nn.Module, inputs: tuple, output: Any) -> None:
 
 
 class _Group:
-    """The layers of one optimiser on one device, their channels one after another, (C,) in all.
+    """The layers of one optimizer on one device, their channels one after another, (C,) in all.
 
     Attributes:
         watched (Tensor): Channels whose outputs are looked at, bool.
@@ -374,7 +373,7 @@ class _Group:
         kept (Tensor): gamma and beta in float32, of which those of closed channels decay, (2, C).
         codes (Tensor, optional): Once in ``window`` steps what is to be watched: 0 where a bias
             had no gradient, 1 where its layer had none, 2 else.
-        chosen (int): How often it was chosen what is watched.
+        chosen (int): How often the watched channels were chosen.
     """
 
     def __init__(self, layers: list[_Layer], window: int, every: int) -> None:
@@ -436,7 +435,7 @@ class _Group:
         """What was open in the passes since the last step, and the number of each layer's passes.
 
         Of each channel 0 if it was closed, 1 if it was open, 2 if so in training; of the layers a
-        list or, by channel, a tensor. A rank on which something has failed has seen all open.
+        list or, by channel, a tensor. A failed rank reports all channels as open.
         """
         if not self._is_watching:
             return None, []
@@ -464,7 +463,7 @@ class _Group:
 
     def _open(self, key: str) -> Tensor:
         most = [_or_zeros(getattr(layer, key), layer.index) for layer in self.layers]
-        return (~(torch.cat(most) <= 0)).byte()  # what is no number is not closed
+        return (~(torch.cat(most) <= 0)).byte()  # NaN is not closed
 
     def exchange_gradients(self, has_failed: bool) -> bool:
         """Once in ``window`` steps, which biases have a gradient, and whether a rank has failed."""
@@ -504,7 +503,7 @@ class _Group:
         if not all(layer.learns for layer in self.layers):
             learn = [torch.full_like(z, layer.learns) for z, layer in zip(self._zeros, self.layers)]
             self._closed &= torch.cat(learn) > 0
-        if found_inf is not None:  # of a fused optimiser, which skips the step by itself
+        if found_inf is not None:  # of a fused optimizer, which skips the step by itself
             self._closed &= found_inf.to(self._closed.device) == 0
         for layer in self.layers:
             layer.forget()
@@ -535,7 +534,7 @@ class _Group:
             torch._foreach_mul_(states, [part.to(state.dtype) for state, part in moments])
 
     def decay(self) -> None:
-        """Set gamma and beta of closed channels to what was decayed, whatever the step did."""
+        """Set gamma and beta of closed channels to the decayed values, overriding the step."""
         closed, self._closed = self._closed, None
         if closed is None:
             return
@@ -559,7 +558,7 @@ class _Group:
         if codes is not None:
             self.watch((codes == 0) | (self.watched & (codes == 1)))
             self.chosen += 1
-            # While nothing was watched, gamma and beta went on without being followed.
+            # gamma and beta were not tracked while nothing was watched.
             kept = self.kept
             self.follow()
             self.kept = torch.where(self.proof >= self.window, kept, self.kept)
@@ -578,7 +577,7 @@ class _Group:
         }
 
     def check(self, state: dict[str, Any]) -> None:
-        """Refuse another group's, before any of it is taken over."""
+        """Check that a state fits this group, before any of it is loaded."""
         for key in ('watched', 'proof', 'kept', 'moved'):
             now = self.watched if key == 'moved' else getattr(self, key)
             if (state[key].shape, state[key].dtype) != (now.shape, now.dtype):
@@ -606,6 +605,6 @@ def _or_zeros(most: Tensor | None, index: Tensor) -> Tensor:
 
 
 def _learns(group: dict, key: str) -> bool:
-    """Whether a parameter group has a learning rate; one that is a tensor is not read."""
+    """Whether a parameter group has a nonzero learning rate; a tensor is taken as nonzero."""
     rate = group.get(key, group['lr'])
     return isinstance(rate, Tensor) or rate != 0

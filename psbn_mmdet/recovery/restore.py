@@ -1,12 +1,12 @@
 """Restoring the convolutions around closed filters, which have decayed with them.
 
-A filter that has been closed for long has lost more than gamma and beta: no gradient reaches its
-own convolution's weights, nor the weights by which the next convolutions read it, so weight decay
-has brought all of them near to zero. Once it opens its response is lost in eps, and what comes out
-of it is lost in the next layers: gradients are small by the product of these, and the filter hardly
+In a filter that has been closed for long, gamma and beta are not all that has decayed. No gradient
+reaches the weights of its own convolution, or the weights by which the next convolutions read it,
+so weight decay has brought them near zero, too. When the filter opens, its response is lost in eps
+and its output in the next layers. Its gradients are as small as the product of both, so it hardly
 moves (docs/evidence/recovery.md). While it is closed these weights are as free as gamma and beta:
 
-- what *reads* it multiplies 0, whatever its weights are;
+- the weights that *read* it multiply 0;
 - its *own* weights w may be multiplied by s, with the running mean, by s^2 the running variance,
   if gamma is divided by s: ``|gamma * xhat|`` is then no larger than before, for any statistics.
   So with b <= 0 the filter stays closed, for ``t * gamma * xhat + b`` with t from 0 to 1 lies
@@ -66,7 +66,7 @@ def restore(
 def restore_own(
     norm: Mapping[str, Tensor | None], producer: Mapping[str, Tensor | None], factor: Tensor
 ) -> None:
-    """Multiply a convolution's weights, and what else keeps gamma * xhat from growing, in place.
+    """Multiply a convolution's weights, and adapt the norm so that gamma * xhat does not grow.
 
     Args:
         norm (Mapping[str, Tensor | None]): Entries of the layer's state dict.
@@ -91,7 +91,7 @@ def reading_dim(weight: Tensor, channels: int) -> int | None:
 
 
 def lost_factor(weight: Tensor, dim: int, closed: Tensor, alive: Tensor) -> Tensor:
-    """By what the parts of a weight along a dimension have lost, 1 for most, shape (C,)."""
+    """The factor that restores each part of a weight along a dimension, mostly 1, shape (C,)."""
     sizes = weight.transpose(0, dim).flatten(1).float().norm(dim=1)
     if len(sizes) != len(closed) or not alive.any():
         return torch.ones_like(closed, dtype=torch.float)

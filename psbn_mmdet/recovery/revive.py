@@ -1,4 +1,4 @@
-"""Opening closed filters at once, in a state dict, before a training starts."""
+"""Opening closed filters in a state dict, before a training starts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def revive(
     """Open the closed filters of BN or psBN layers: gradient reaches them in the first step.
 
     Closed are those with ``b + 3 * |gamma| <= 0`` before a ReLU. Their bias is set to ``bias``, and
-    decayed weights around them are restored (:mod:`.restore`). Folded layers, of which it cannot be
-    told (:mod:`.census`), are left. This changes what the network
-    computes, by what these filters put out, which is about ``bias``.
+    decayed weights around them are restored (:mod:`.restore`). Folded layers cannot be judged (see
+    the census) and are skipped. The network's outputs change: each opened filter now outputs about
+    ``bias``.
 
     Args:
         state_dict (Mapping[str, Tensor]): Of a network with BN or psBN; not changed.
@@ -46,7 +46,7 @@ def revive(
     opened: dict[str, list[int]] = {}
 
     def entries(layer: str, *names: str) -> dict[str, Tensor]:
-        """Copies, which take the place of what was there."""
+        """Replace entries by copies, and return these."""
         found = {}
         for name in names:
             key = entry_key(layer, name)
