@@ -1,4 +1,4 @@
-"""What collapse is: the census of a network, what follows its layers, and gradients."""
+"""Counting collapsed filters: the census, the network's structure, and gradients."""
 
 from .census import (
     ASSUMED,

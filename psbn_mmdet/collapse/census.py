@@ -1,9 +1,9 @@
 """Which filters of a network are collapsed, and why.
 
-Four facts are told apart, each per BN or psBN channel with its gamma and its bias b:
+There are four facts about a BN or psBN channel with gamma and bias b:
 
 - *vanished*: ``|gamma| <= tau``. The filter's response no longer reaches the output. In training
-  gamma must also have come to rest: a healthy one that crosses 0 has not vanished.
+  gamma must also be at rest: a healthy gamma that crosses 0 has not vanished.
 - *dead*: ``b + k * |gamma| <= 0``, predicted from the parameters of a BN whose output goes
   straight into a rectifier. With xhat ~ N(0, 1) and k = 3 the rectifier then passes something for
   at most Phi(-3) = 0.135 % of the inputs.
@@ -11,19 +11,19 @@ Four facts are told apart, each per BN or psBN channel with its gamma and its bi
   Measured in training (see :mod:`.gradients`), exact for any activation, wherever it stands.
 - *broken*: gamma or b is not a finite number.
 
-Of a *folded* layer neither vanished nor dead is known: its running statistics are 0 and 1, as they
-were initialised, but its gammas are trained, as in the Caffe weights of MMDetection's ResNets,
-where the statistics were multiplied into them. There xhat is not normalised, and nothing follows
-from gamma and b. (A layer that is in training mode normalises by the batch.)
+In a *folded* layer vanished and dead are unknown. Its running statistics are 0 and 1, as at
+initialization, but its gammas are trained: the statistics were folded into them, as in the Caffe
+weights of MMDetection's ResNets. There xhat is not normalized, so gamma and b say nothing. (A layer
+in training mode normalizes by batch statistics and is not folded.)
 
 *Collapsed* is vanished, dead, trapped or broken, as far as each is known for the layer.
 
-An *unstarted* filter is none of these: it has lost nothing, since it has not begun. Filters are
-unstarted in a layer that is as its initialisation left it: all its gammas are equal, so are all its
-biases, and its running statistics are 0 and 1, if it has any. Among them are those that
-``zero_init_residual`` starts at gamma = 0. In training a filter begins once a gradient has reached
-it and its gamma is, or was at the start, larger than ten times tau. In a layer that has been
-trained, such as one of a checkpoint, all have begun, unless the training has told otherwise.
+An *unstarted* filter has not begun to train and is not vanished, dead or trapped. Filters are
+unstarted in a layer that is still as initialized: all gammas are equal, all biases are equal, and
+its running statistics, if any, are 0 and 1. One example is ``zero_init_residual``, where gamma
+starts at 0. In training a filter begins once a gradient has reached
+it and its gamma is, or was at the start, larger than ten times tau. In a trained
+layer, such as one of a checkpoint, all filters have begun unless the training recorded otherwise.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from ..layers.state_dict import has_plain_values
 from ..records import KINDS, stage_of
 
 RECTIFIERS = ('relu', 'leaky_relu')  # of what may follow a layer
-# What follows a layer is not known, and taken for a rectifier.
+# Unknown, and assumed to be a rectifier.
 ASSUMED = 'assumed'
 FOLDED = (
     'their running statistics are 0 and 1, as where they were folded into gamma and bias, so '
@@ -69,9 +69,9 @@ class LayerCensus:
         bias (np.ndarray): The bias b, shape (C,).
         frozen (bool): Whether neither gamma nor bias is trained.
         rectifier (str, optional): What follows the layer: 'relu', 'leaky_relu', 'other' for
-            anything else, None if it is not known, 'assumed' if it is taken for a rectifier.
+            anything else, None if unknown, 'assumed' if it is assumed to be a rectifier.
         unstarted (np.ndarray): Bool, shape (C,).
-        folded (bool): Whether nothing can be told from gamma and b.
+        folded (bool): Whether gamma and b say nothing about the filters.
         vanished (np.ndarray, optional): Bool, shape (C,), None in a folded layer.
         dead (np.ndarray, optional): Bool, shape (C,), None in a folded layer, and if no rectifier
             is known or assumed to follow.
@@ -176,10 +176,10 @@ class Census:
         unstarted: Mapping[str, np.ndarray] | None = None,
         moving: Mapping[str, np.ndarray] | None = None,
     ) -> Census:
-        """The same parameters, judged by what is known now; for the arguments see the functions.
+        """Judge the same parameters again; for the arguments see :func:`census_of_model`.
 
-        In layers that are not in ``unstarted`` the filters stay unstarted that were. Those whose
-        gamma is ``moving`` have not vanished.
+        Layers not in ``unstarted`` keep their unstarted filters. Filters whose gamma is ``moving``
+        have not vanished.
         """
         return Census(
             [
@@ -265,7 +265,7 @@ def census_of_model(
     """Count the collapsed filters of a network.
 
     Args:
-        model (nn.Module): Any network; its BN and psBN layers with a gamma are looked at.
+        model (nn.Module): Any network; its BN and psBN layers with a gamma are counted.
         tau (float): Largest ``|gamma|`` of a vanished filter. Defaults to 1e-3: with inputs of
             unit variance the response is then below what float16 resolves beside a bias of 1.
         k (float): A filter is dead if its rectifier opens only beyond k standard deviations.
@@ -276,7 +276,7 @@ def census_of_model(
         trapped (Mapping[str, np.ndarray], optional): Trapped channels by layer, from
             :class:`.GradientWatch`; layers not in it were not observed. Defaults to None.
         unstarted (Mapping[str, np.ndarray], optional): Channels that have not begun, by layer. In
-            layers not in it all have begun, unless the layer is as its initialisation left it.
+            layers not in it all have begun, unless the layer is as its initialization left it.
             Defaults to None.
 
     Returns:
@@ -348,7 +348,7 @@ def census_of_state_dict(
         unstarted (Mapping[str, np.ndarray], optional): See :func:`census_of_model`.
 
     Returns:
-        Census: With one entry per layer, in the order of the file; none is taken for frozen.
+        Census: With one entry per layer, in the order of the file; no layer counts as frozen.
 
     Raises:
         ValueError: If ``tau`` or ``k`` is out of range.
@@ -391,7 +391,7 @@ def _judge(
     moving: np.ndarray | bool = False,
 ) -> LayerCensus:
     begun = ~unstarted
-    # NaN and infinity are broken, and nothing else; of what k makes infinite the sign is right.
+    # NaN and infinity are only broken. If k makes a product infinite, its sign is still right.
     with np.errstate(invalid='ignore', over='ignore'):
         vanished = (np.abs(gamma) <= tau) & begun & np.logical_not(moving)
         dead = rectifier_closed(gamma, bias, k) & begun
@@ -418,15 +418,15 @@ def _unstarted(
     fresh: bool,
     known: Mapping[str, np.ndarray] | None,
 ) -> np.ndarray:
-    """The channels that have not begun: those that are known, or all of a layer as initialised."""
+    """The channels that have not begun: those that are known, or all of a layer as initialized."""
     if known is not None and name in known:
         return known[name]
-    # One channel alone tells nothing.
+    # A single channel is no evidence.
     return np.full(len(gamma), fresh and len(gamma) > 1 and _are_alike(gamma, bias))
 
 
 def _is_folded(gamma: np.ndarray, fresh: bool, mean: Any) -> bool:
-    """Trained gammas differ, those of a new layer do not, but for some that were set by hand."""
+    """Gammas differ if trained and are mostly equal in a new layer (some may be set by hand)."""
     return fresh and mean is not None and len(np.unique(gamma)) > max(1, len(gamma) / 2)
 
 
@@ -435,14 +435,14 @@ def _are_alike(gamma: np.ndarray, bias: np.ndarray) -> bool:
 
 
 def _is_fresh(mean: Any, var: Any, channels: int) -> bool:
-    """Whether running statistics are as they are initialised, if there are any."""
+    """Whether running statistics are as they are initialized, if there are any."""
     if mean is None or var is None:
         return True
     return _all_equal(mean, 0, channels) and _all_equal(var, 1, channels)
 
 
 def _all_equal(values: Any, wanted: float, channels: int) -> bool:
-    """Whether statistics of so many channels, which a file may have as anything, are all equal."""
+    """Whether statistics are all equal; those of a file may have any type and shape."""
     return (
         isinstance(values, torch.Tensor)
         and values.shape == (channels,)

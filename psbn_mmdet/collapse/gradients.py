@@ -1,4 +1,4 @@
-"""Which filters get no gradient, read from the optimiser's final gradients."""
+"""Which filters get no gradient, read from the optimizer's final gradients."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch.optim import Optimizer
 
 
 class GradientWatch:
-    """Note, step by step, when a gradient last reached each BN channel.
+    """Track when a gradient last reached each BN channel.
 
-    The gradients are read in a pre-hook of the optimiser's step: accumulated over micro-batches,
+    The gradients are read in a pre-hook of the optimizer's step: accumulated over micro-batches,
     reduced over all processes, unscaled and clipped by then, and without weight decay. A step
     that a gradient scaler skips is not seen. Reading takes a handful of kernels for the whole
-    network, no synchronisation with the device and no communication. What fails in it is kept in
-    ``failure`` and ends the watching, never the step.
+    network, no synchronization with the device and no communication. An error is kept in
+    ``failure`` and ends the watching, but never the step.
 
     Args:
-        optimizers (Sequence[Optimizer]): All optimisers of the training.
+        optimizers (Sequence[Optimizer]): All optimizers of the training.
         norms (Mapping[str, _BatchNorm]): BN and psBN layers by name.
         now (int): The time at the start, such as the number of the first iteration. Defaults to 0.
 
     Attributes:
-        active (bool): Whether steps are looked at. Set it to False to skip some. Defaults to
+        active (bool): Whether steps are watched. Set it to False to skip steps. Defaults to
             True.
-        now (int): The time of the step that comes.
+        now (int): The time of the next step.
         failure (Exception, optional): What ended the watching.
     """
 
@@ -74,20 +74,20 @@ class GradientWatch:
 
     @property
     def layers(self) -> set[str]:
-        """Those with a parameter in an optimiser; of layers that share one, the last."""
+        """Layers with a parameter in an optimizer; of layers that share one, the last."""
         return {name for group in self._groups for name in group.layers}
 
     @property
     def steps(self) -> int:
-        """Number of optimiser steps seen, of the optimiser that made most."""
+        """Number of steps seen, of the optimizer with the most steps."""
         return max((group.steps for group in self._groups), default=0)
 
     def trapped(self, window: int | None = None, now: int | None = None) -> dict[str, np.ndarray]:
         """Channels that no gradient has reached in a window.
 
-        A step in which no gradient reaches any channel of a layer tells nothing of them: there is
-        no positive sample in a head, say, or what comes after the layer is closed. So the window
-        of each layer is made of the steps in which some gradient reached it.
+        A step in which no gradient reaches any channel of a layer is no evidence: a head may have no
+        positive sample, or the next layer may be closed. Each layer's window therefore counts only
+        the steps in which some gradient reached it.
 
         Args:
             window (int, optional): In the unit of ``now``. Defaults to None: all that was watched.
@@ -105,7 +105,7 @@ class GradientWatch:
         return trapped
 
     def reached(self) -> dict[str, np.ndarray]:
-        """Channels that a gradient has reached so far, (C,) by layer, where it has any."""
+        """Channels that a gradient has reached so far, (C,) by layer with any gradient."""
         reached: dict[str, np.ndarray] = {}
         for group in self._groups:
             for name, mask in group.reached():
@@ -120,14 +120,14 @@ class GradientWatch:
         return names - {name for group in groups for name in group.active_since(since)}
 
     def close(self) -> None:
-        """Detach from the optimisers."""
+        """Detach from the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
 def let_hooks_run(optimizer: Optimizer) -> None:
-    """Give an optimiser's step back its hooks, which torch.compile of torch 2.1 takes away."""
+    """Restore the step hooks that torch.compile removes from an optimizer in torch 2.1."""
     step = optimizer.step
     part: Any = step.__func__ if isinstance(step, MethodType) else step
     while part is not None:
@@ -145,7 +145,7 @@ _RUNS_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__  # what torch w
 
 
 class _ParamGroup:
-    """The gammas and betas of one optimiser on one device, flattened into one vector.
+    """The gammas and betas of one optimizer on one device, flattened into one vector.
 
     Each layer has a clock, which stands still in steps in which no gradient reaches the layer.
     """
@@ -181,14 +181,14 @@ class _ParamGroup:
         self.calls += 1
         flat = torch.cat([z if g is None else g.float() for z, g in zip(self.zeros, grads)])
         reached = flat != 0
-        if found_inf is not None:  # a fused optimiser, which skips the step by itself
+        if found_inf is not None:  # a fused optimizer, which skips the step by itself
             skips = found_inf.to(flat.device) != 0
             self.skipped = self.skipped + skips
             reached = reached & ~skips
         if now > self.now:
             self.before, self.now = self.now, now
         active = torch.zeros_like(self.clock).index_add_(0, self.layer, reached.long()) > 0
-        # Where there are several steps at a time the clock goes on by the first of the layer.
+        # With several steps at one time, only the layer's first one advances its clock.
         self.clock += (active & (self.active < now)) * (now - self.before)
         self.active.masked_fill_(active, now)
         self.last = torch.where(reached, self.clock.index_select(0, self.layer), self.last)

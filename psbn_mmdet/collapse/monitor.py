@@ -79,7 +79,7 @@ class CollapseMonitor:
     vanished: it must have been at rest for two windows.
 
     What follows each layer is found by watching the first training steps; gradients are read
-    before each optimizer step. The network computes what it computed.
+    before each optimizer step. The network's outputs do not change.
 
     Args:
         model (nn.Module): The network, or a wrapper around it such as DistributedDataParallel.
@@ -121,7 +121,7 @@ class CollapseMonitor:
         self.start = census_of_model(self.network, tau=tau, k=k)
         self._names = {layer.name for layer in self.start.layers}
         self._steps = 0  # at the last report
-        self._rectified: set[str] = set()  # layers of which it was known at the last report
+        self._rectified: set[str] = set()  # layers with known structure at the last report
         self._trapped: dict[str, np.ndarray] = {}  # as last observed
         self._reopened: dict[str, np.ndarray] | None = None
         self.collapsed: dict[str, np.ndarray] = {}
@@ -143,14 +143,14 @@ class CollapseMonitor:
 
     @property
     def structure(self) -> Structure:
-        """What stands around the layers, as far as it is known."""
+        """The structure around the layers, as far as it is known."""
         return self.trace.structure
 
     def step(self) -> None:
         """Count an iteration, after its optimizer steps.
 
         Raises:
-            Exception: What has failed while gradients were read.
+            Exception: If reading gradients has failed.
         """
         if self.watch.failure is not None:
             raise self.watch.failure
@@ -166,7 +166,7 @@ class CollapseMonitor:
         }
 
     def census(self) -> Census:
-        """The census now, of the layers that were there at the start.
+        """The current census of the layers that existed at the start.
 
         Raises:
             LookupError: If one of them is gone.
@@ -208,13 +208,13 @@ class CollapseMonitor:
             name = layer.name
             if layer.trapped is not None:
                 self._trapped[name] = layer.trapped
-            # Where nothing was observed, in a window without steps or in a layer that was frozen
-            # meanwhile, what was trapped is taken to be still trapped.
+            # Without observations (no steps in the window, or a frozen layer), trapped channels
+            # stay trapped.
             collapsed = layer.collapsed | (self._trapped.get(name, False) & ~layer.unstarted)
             known = first.broken if layer.folded else first.collapsed
             before = self.collapsed.get(name, known)
             if first.dead is not None and not layer.folded and name not in self._rectified:
-                before = before | first.dead  # only now it is known
+                before = before | first.dead  # known only now
             masks['collapsed'].append(collapsed)
             masks['new'].append(collapsed & ~before)
             masks['revived'].append(~collapsed & before)
@@ -227,15 +227,15 @@ class CollapseMonitor:
         return Report(self.iteration, steps, now, masks)
 
     def idle(self) -> set[str]:
-        """Layers that no gradient has reached in the last window, though there were steps."""
+        """Layers that no gradient has reached in the last window despite steps."""
         is_full = self.iteration - self.begin >= self.window
         return self.watch.idle(self.window, self.iteration - 1) if is_full else set()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values."""
+        """The state for a resumed run, as plain values."""
         near = {
             layer.name: np.flatnonzero(np.abs(self._rested[layer.name]) <= 2 * self.tau)
-            for layer in self.start.layers  # what is farther away must move to come near
+            for layer in self.start.layers  # larger gammas must move first
         }
         return {
             'unstarted': _ranges(self._unstarted),
@@ -254,7 +254,7 @@ class CollapseMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from there.
+        """Load the state of an earlier run.
 
         Raises:
             ValueError: If it is not of this network.
@@ -295,6 +295,6 @@ def _masks(ranges: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, np.
 
 
 def sum_known(counts: Sequence[int | None]) -> int | None:
-    """Sum of what is known, None if nothing is."""
+    """Sum of the known counts, None if all are unknown."""
     known = [count for count in counts if count is not None]
     return sum(known) if known else None

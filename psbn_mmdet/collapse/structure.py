@@ -1,8 +1,8 @@
-"""What stands around the BN layers of a network, found by watching a forward pass.
+"""The structure around the BN layers of a network, found by watching a forward pass.
 
-The order of modules does not tell: rectifiers are called as functions, a residual addition comes
-between, one output has several readers. So every operation of one real pass is watched, below
-autograd and autocast, where ReLU in all its spellings is one of few operations.
+The order of modules is not enough: rectifiers may be functions, a residual addition may come
+between, and an output may have several readers. So every operation of a real pass is watched below
+autograd and autocast, where all spellings of ReLU are a few operations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .census import find_norms
 
 # Copies: what they return is still the output of the BN.
 _COPIES = {'_to_copy', 'clone', 'contiguous', 'alias', 'lift_fresh'}
-# These look at shape and type only.
+# These read only shape and dtype.
 _META = {'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like'}
 # Convolutions whose weights are what they multiply by; subclasses may do something else.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -34,7 +34,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 @dataclass(frozen=True)
 class Structure:
-    """What stands around the BN layers of a network, by their names.
+    """The structure around the BN layers of a network, by layer name.
 
     Attributes:
         rectifiers (dict[str, str]): For each layer that ran: 'relu' if all its readers are
@@ -48,7 +48,7 @@ class Structure:
         consumers (dict[str, list[str]]): By layer, the convolutions and linear layers that read
             what a ReLU has made of the layer's output, and nothing else, along its channels.
         kept (list[str]): Convolutions and linear layers that stand so, but whose weight is no
-            parameter of their own alone: it is computed, as by weight normalisation, or another
+            parameter of their own alone: it is computed, as by weight normalization, or another
             module or function reads it, too.
     """
 
@@ -59,11 +59,11 @@ class Structure:
     kept: list[str] = field(default_factory=list)
 
     def renamed(self, remove: str, add: str) -> Structure:
-        """With one prefix of all names removed, and another put before them.
+        """Replace the prefix of all names.
 
         Args:
-            remove (str): What has not got it is left out.
-            add (str): The other.
+            remove (str): The old prefix; names without it are dropped.
+            add (str): The new prefix.
         """
 
         def new(names: list[str]) -> list[str]:
@@ -81,7 +81,7 @@ class Structure:
         )
 
     def shared(self, others: Sequence[Structure]) -> Structure:
-        """What several have alike, such as those of all ranks."""
+        """The part that several structures share, such as those of all ranks."""
 
         def same(name: str) -> dict:
             mine = getattr(self, name)
@@ -112,12 +112,11 @@ class _Output:
 class RectifierTrace(TorchDispatchMode):
     """Watch the BN layers of a network in the forward passes made inside the ``with`` block.
 
-    The network is left as it was: nothing is computed besides what the pass computes anyway, and
-    the forward hooks on the layers are gone at the block's end. It may be entered again; what was
-    seen before is kept. What fails in the watching itself is kept in ``failure`` and ends it,
-    never the pass.
+    The network does not change: nothing extra is computed, and the forward hooks are removed at the
+    end of the block. The trace may be entered again and keeps its findings. An error in the
+    watching is kept in ``failure`` and ends the watching, but never the pass.
 
-    A layer's output is what torch's batch normalisation returns while the layer's ``forward``
+    A layer's output is what torch's batch normalization returns while the layer's ``forward``
     runs. So an activation inside the layer, as in timm's ``BatchNormAct2d``, is seen as well.
 
     Args:
@@ -309,7 +308,7 @@ class RectifierTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # What the backward pass reads tells nothing of what follows a layer.
+        # Reads in the backward pass say nothing about what follows a layer.
         if self.failure is not None or in_backward():
             return func(*args, **kwargs)
         read: list[tuple[Tensor, _Output]] = []
@@ -351,13 +350,13 @@ class RectifierTrace(TorchDispatchMode):
             if tensor in self._made:
                 reader = layer if tensor is args[0] else None
                 self._fed.setdefault(self._made[tensor], set()).add(reader)
-            # The optimiser's step is in no forward.
+            # The optimizer's step runs outside all forwards.
             owner = self._owner.get(tensor) if self._given else None
             if owner is not None and self._within[-1:] != [owner]:
                 self._read_elsewhere.add(owner)
 
     def _note_pool(self, func: Any, args: tuple, result: Any) -> None:
-        """A channel of zeros is one of zeros after pooling, too, if not over channels."""
+        """Follow pooling, which keeps a channel of zeros unless it pools over channels."""
         if not args or not isinstance(args[0], Tensor):
             return
         layer, version = self._activated.get(args[0], (None, 0))
@@ -367,7 +366,7 @@ class RectifierTrace(TorchDispatchMode):
             self._activated[pooled] = layer, _version(pooled)
 
     def _note_sum(self, operation: str, args: tuple, kwargs: dict, read: list, result: Any) -> None:
-        """Follow sums of outputs until something else than an addition reads them."""
+        """Follow sums of outputs until an operation other than addition reads them."""
         tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
         layers = {layer for tensor in tensors for layer in self._sums.get(tensor, ())}
         for tensor in tensors:
@@ -386,7 +385,7 @@ class RectifierTrace(TorchDispatchMode):
                 self._rectified[result] = frozenset(layers)
 
     def _note(self, func: Any, args: tuple, kwargs: dict, read: list, result: Any) -> None:
-        """Note which outputs an operation has read, and of which it returns a part or a copy."""
+        """Note the outputs that an operation reads, and those it returns a view or copy of."""
         if not hasattr(func, '_schema'):  # an operator of higher order
             for _, output in read:
                 output.reads.append('')
@@ -432,8 +431,8 @@ class StepTrace:
     """Watch the first training steps of a network, until each BN layer has run.
 
     The model's ``train_step``, or ``forward`` if it has none, is replaced meanwhile, on this object
-    alone: whatever way it takes through the network is seen, and an exception in it leaves nothing
-    behind. Compiled parts of the network run uncompiled in these steps, where torch can do that.
+    alone. Every path through the network is seen, and an exception leaves nothing behind. Compiled
+    parts of the network run uncompiled in these steps, where torch supports that.
     Use :func:`watch_steps`.
 
     Args:
@@ -478,7 +477,7 @@ class StepTrace:
         return self._trace.failure
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         if not self.active:
             return
         self.active = False
@@ -502,7 +501,7 @@ class StepTrace:
 
 
 def watch_steps(model: nn.Module, network: nn.Module) -> StepTrace:
-    """The watching of a model's first training steps, one for all who ask.
+    """Watch a model's first training steps; callers share one :class:`StepTrace`.
 
     Args:
         model (nn.Module): What the training calls, such as a DDP wrapper.
@@ -543,12 +542,12 @@ def in_backward() -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    """Grows with each write in place, of views too; inference mode counts none."""
+    """A count of in-place writes, also through views; always 0 in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def looks_only(operation: str) -> bool:
-    """Whether an operation looks at shape and type of what it reads, not at the values."""
+    """Whether an operation reads only shape and dtype of its inputs, not the values."""
     return operation in _META or operation.startswith('new_')
 
 
@@ -581,7 +580,7 @@ def _is_zero(value: Any) -> bool:
 
 
 def trace_rectifiers(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, str]:
-    """Find out which BN layers feed a rectifier, by one forward pass without any effect.
+    """Find the BN layers that feed a rectifier by one forward pass without side effects.
 
     Arguments are those of :func:`trace_structure`.
 
@@ -596,10 +595,10 @@ def trace_rectifiers(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str,
 
 
 def trace_structure(model: nn.Module, *inputs: Any, **kwargs: Any) -> Structure:
-    """Find out what stands around the BN layers, by one forward pass without any effect.
+    """Find the structure around the BN layers by one forward pass without side effects.
 
     Running statistics and all other buffers, random number generators, hooks, training flags and
-    gradients are afterwards what they were, and ``inputs`` are not written to.
+    gradients are restored, and ``inputs`` are not written to.
 
     Args:
         model (nn.Module): The network, in the mode it is to be watched in.

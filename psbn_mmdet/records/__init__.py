@@ -1,4 +1,4 @@
-"""What a run writes down of its collapse: the record and the snapshots. Needs NumPy only."""
+"""The files of a run about collapse: the record and the snapshots. Needs NumPy only."""
 
 from .names import (
     COUNTS,

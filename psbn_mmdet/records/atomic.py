@@ -13,7 +13,7 @@ class WriteError(OSError):
 
 
 def is_among(path: str | os.PathLike, files: Iterable[str | os.PathLike]) -> bool:
-    """Whether a path leads to one of some files, also by another name; any may not exist."""
+    """Whether a path is one of some files, also through links; none needs to exist."""
     return os.path.exists(path) and any(
         os.path.exists(file) and os.path.samefile(path, file) for file in files
     )
@@ -21,10 +21,10 @@ def is_among(path: str | os.PathLike, files: Iterable[str | os.PathLike]) -> boo
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file beside ``path``, and put it in the place of ``path`` once it is whole.
+    """Write a file beside ``path``, and replace ``path`` by it once it is complete.
 
-    Folders that are missing are made, links are followed. If the block fails ``path`` stays as it
-    was, and nothing is left of the new file.
+    Missing folders are created and links are followed. If the block fails, ``path`` is unchanged
+    and the new file is removed.
 
     Args:
         path (str | PathLike): The file to write or to replace.

@@ -6,7 +6,7 @@ one iteration. Its ``channels`` hold, for each kind, the channels of each layer 
 where they are unknown. The counts are not in the file: they are added to each report as it is read,
 ``layers`` for each layer and ``total`` for all.
 
-A record may come from anyone. Each line is checked, and memory is bounded whatever it claims.
+Records are untrusted: each line is checked, and memory is bounded.
 """
 
 from __future__ import annotations
@@ -134,21 +134,21 @@ def stream_json(file: BinaryIO, check: Callable[[int, Any], object]) -> Iterator
 
 
 def check_integer(value: Any) -> int:
-    """Refuse what is no integer from 0 to 2**53."""
+    """Check that a value is an integer from 0 to 2**53."""
     if type(value) is not int or not 0 <= value < 2**53:
         raise ValueError(f'{reprlib.repr(value)} is no integer >= 0')
     return value
 
 
 def check_number(value: Any) -> float:
-    """Refuse what is no number."""
+    """Check that a value is a number."""
     if type(value) not in (int, float):
         raise ValueError(f'{reprlib.repr(value)} is no number')
     return float(value)
 
 
 def _check_header(header: dict[str, Any]) -> list[int]:
-    """Refuse a header that no hook writes, and return the layers' numbers of channels."""
+    """Check the header, and return the layers' numbers of channels."""
     if header['format'] != FORMAT:
         raise ValueError(f'format {reprlib.repr(header["format"])}, this version reads {FORMAT}')
     names = [(layer['name'], layer['norm']) for layer in header['layers']]
@@ -175,7 +175,7 @@ class _ReportReader:
         self._sizes = sizes
         self._iteration = -1
         nothing: list = [None] * len(sizes)
-        # By kind the ranges and counts of the last report: most are those of the next one, too.
+        # By kind, the ranges and counts of the last report; most do not change in the next.
         self._last: dict[str, tuple[list, list, int | None]]
         self._last = dict.fromkeys((*COUNTS, RECOVERED), (nothing, nothing, None))
 
@@ -198,7 +198,7 @@ class _ReportReader:
                 raise ValueError(f'the {kind} channels of a layer are unknown')
 
     def _count(self, kind: str, ranges: list[str | None]) -> tuple[list[int | None], int | None]:
-        """Count the channels of each layer and of all, parsing only what is not as before."""
+        """Count the channels of each layer and of all, parsing only changed ranges."""
         last_ranges, layers, total = self._last[kind]
         if ranges != last_ranges:
             if not isinstance(ranges, list) or len(ranges) != len(self._sizes):

@@ -20,9 +20,9 @@ FOLDER = 'snapshots'  # in a run's log folder
 
 
 def claim_folder(log_folder: str | os.PathLike) -> Path:
-    """Take a folder for the record and the snapshots of one run, which no other run has.
+    """Claim a folder for the record and snapshots of one run alone.
 
-    Log folders are named by the second: runs that are started at the same time have the same.
+    Log folders are named by the second, so runs started together would share one.
 
     Args:
         log_folder (str | PathLike): The run's log folder.
@@ -44,7 +44,7 @@ def claim_folder(log_folder: str | os.PathLike) -> Path:
 def write_snapshot(
     run: str | os.PathLike, iteration: int, gamma: np.ndarray, bias: np.ndarray
 ) -> Path:
-    """Write the snapshot of an iteration, unless it is there.
+    """Write the snapshot of an iteration, unless it exists.
 
     Args:
         run (str | PathLike): The run's log folder.
@@ -57,7 +57,7 @@ def write_snapshot(
     """
     path = Path(run) / FOLDER / f'iter_{iteration}.npy'
     if not path.exists():
-        with np.errstate(over='ignore'):  # what float16 cannot hold is infinite
+        with np.errstate(over='ignore'):  # overflow becomes infinite
             values = np.stack([gamma, bias]).astype(np.float16)
         with replacing(path) as part, open(part, 'wb') as file:
             np.save(file, values)
@@ -86,7 +86,7 @@ def read_snapshot(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, n
 
     Args:
         path (str | PathLike): An ``iter_<n>.npy`` file.
-        channels (int): Number of channels C of the record that it stands beside.
+        channels (int): Number of channels C in the run's record.
 
     Returns:
         tuple[np.ndarray, np.ndarray]: Gamma and bias, shape (C,) each.
@@ -95,7 +95,7 @@ def read_snapshot(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, n
         ValueError: If the file is damaged or of another network.
     """
     try:
-        # Mapped: whatever size a damaged file claims to have, no memory is taken for it.
+        # Memory-mapped: a damaged file may claim any size.
         values = np.load(path, mmap_mode='r', allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.dtype.kind != 'f':
             raise ValueError('no array of floating-point numbers')
@@ -103,7 +103,7 @@ def read_snapshot(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, n
             raise ValueError(f'shape {values.shape}, the record has {channels} channels')
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged header brings about
+    except Exception as error:  # a damaged header may raise anything
         raise ValueError(f'{path} is no snapshot of this run ({error}): delete it') from None
     return values[0].astype(np.float32), values[1].astype(np.float32)
 

@@ -17,8 +17,8 @@ class RecordWriter:
     Each line is flushed at once, so that a killed run loses at most the last one.
 
     Args:
-        path (str | PathLike): The file; it is made with its header, and with the reports of an
-            earlier record at once, or not at all.
+        path (str | PathLike): The file, created with its header and the reports of an earlier
+            record, or not at all.
         header (dict): Layers, thresholds and versions.
         earlier (str | PathLike, optional): The record of the run that this one continues.
             Defaults to None.
@@ -53,5 +53,5 @@ class RecordWriter:
 
 
 def _line(report: dict[str, Any]) -> str:
-    """A report as it is written, without the counts, which its channels tell."""
+    """A report as a line, without its counts, which are derived from its channels."""
     return json.dumps({k: v for k, v in report.items() if k not in ('layers', 'total')}) + '\n'
