@@ -79,13 +79,13 @@ class GradientWatch:
 
     @property
     def steps(self) -> int:
-        """Number of steps seen, of the optimizer with the most steps."""
+        """Number of steps seen, for the optimizer with the most."""
         return max((group.steps for group in self._groups), default=0)
 
     def trapped(self, window: int | None = None, now: int | None = None) -> dict[str, np.ndarray]:
         """Channels that no gradient has reached in a window.
 
-        A step in which no gradient reaches any channel of a layer is no evidence: a head may have no
+        A step without a gradient in any channel of a layer is no evidence: a head may have no
         positive sample, or the next layer may be closed. Each layer's window therefore counts only
         the steps in which some gradient reached it.
 

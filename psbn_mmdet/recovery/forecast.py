@@ -43,15 +43,15 @@ _PROBES = torch.logspace(-6, 2, 801)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How an optimizer will treat the parameters of some layers in a training.
+    """How an optimizer will update the parameters of some layers in a training.
 
     Attributes:
-        optimizer (Optimizer): As it is at the start.
+        optimizer (Optimizer): In its state at the start.
         settings (list[dict]): Of its parameter groups, one of each kind.
         kinds (dict[nn.Parameter, int]): By parameter, which of them it has.
         rates (list[list[dict]]): By step of the optimizer and kind, what schedulers set: the
             learning rate, and momentum. At most :data:`ITERATIONS` of them.
-        iterations (int): Of the training.
+        iterations (int): Length of the training.
         every (int): Iterations for each step of the optimizer.
     """
 
@@ -92,12 +92,12 @@ def read_schedule(
     Args:
         wrapper (OptimWrapper): With the optimizer, as it is at the start.
         schedulers (Sequence[_ParamScheduler]): Its schedulers, as they are at the start.
-        params (Collection[nn.Parameter]): Those that are asked for.
+        params (Collection[nn.Parameter]): The parameters to look up.
         iterations (int): Of the training to come.
         epoch_length (int, optional): Iterations in an epoch; None if the training has none.
 
     Returns:
-        Schedule: Of those that the optimizer has and that are trained.
+        Schedule: Of the trained parameters that the optimizer has.
     """
     groups = wrapper.optimizer.param_groups
     schedulers = [s for s in schedulers if not getattr(s, 'need_val_args', False)]
@@ -143,8 +143,8 @@ class Part:
 
     Attributes:
         layers (list[str]): Names.
-        gamma (Tensor): Of the closed filters, shape (N,).
-        beta (Tensor): Of the closed filters, shape (N,).
+        gamma (Tensor): Gammas of the closed filters, shape (N,).
+        beta (Tensor): Betas of the closed filters, shape (N,).
         shift (float): The constant alpha.
         kinds (tuple[int, int]): Of gamma and of beta, see :class:`Schedule`.
         opened (dict[str, np.ndarray]): By 'weight decay' and, if it is on, 'RecoveryHook', the
@@ -172,7 +172,7 @@ class Forecast:
         iterations (int): Of the training to come.
         recovery (tuple[int, int], optional): ``steps`` and ``window`` of the RecoveryHook.
         before_relu (int): Number of trained psBN layers right before a ReLU.
-        weight_decay (list[float]): By part, of its betas.
+        weight_decay (list[float]): By part, the weight decay of its betas.
     """
 
     parts: list[Part]
@@ -257,8 +257,8 @@ def make_forecast(
     Args:
         census (Census): Of the weights at the start, judged by what follows the layers.
         norms (Mapping[str, nn.Module]): The network's layers, by the census's names; BN and
-            frozen ones are passed over.
-        schedule (Schedule): What becomes of their parameters.
+            frozen layers are skipped.
+        schedule (Schedule): How their parameters are updated.
         begin (int): Number of the first iteration to come, from 0.
         recovery (tuple[int, int], optional): ``steps`` and ``window`` of the RecoveryHook.
 
@@ -359,7 +359,7 @@ def e_foldings(schedule: Schedule) -> float:
     """The smallest number of e-foldings by which an undriven gamma decays in a training.
 
     Args:
-        schedule (Schedule): Of the gammas that are asked for.
+        schedule (Schedule): Of the gammas.
 
     Returns:
         float: 0 if there is none, or no decay.
@@ -402,7 +402,7 @@ def forecast_of_config(cfg: Config, census: Census) -> Forecast | None:
         Forecast, optional: None if no psBN layer is trained.
 
     Raises:
-        ValueError: If the config has not all that a training needs, or its optimizer cannot be
+        ValueError: If the config lacks a setting of a training, or its optimizer cannot be
             stepped without the network.
         CheckpointError: If the model cannot be built.
     """

@@ -146,7 +146,7 @@ class Recovery:
         return self._masks(lambda group: group.proof >= group.window)
 
     def opened(self) -> dict[str, Tensor]:
-        """Channels that were decayed until they were seen open, since the last call."""
+        """Channels decayed until they opened, since the last call."""
         masks = self._masks(lambda group: group.opened)
         for group in self._groups:
             group.opened = torch.zeros_like(group.opened)
@@ -369,7 +369,7 @@ class _Group:
     Attributes:
         watched (Tensor): Channels whose outputs are looked at, bool.
         proof (Tensor): For each of them the passes since its last sign of life.
-        opened (Tensor): Channels that were decayed until they were seen open, bool.
+        opened (Tensor): Channels that were decayed until they opened, bool.
         kept (Tensor): gamma and beta in float32, of which those of closed channels decay, (2, C).
         codes (Tensor, optional): Once in ``window`` steps what is to be watched: 0 where a bias
             had no gradient, 1 where its layer had none, 2 else.
