@@ -46,7 +46,7 @@ def structure_of_config(cfg: Config, names: Collection[str]) -> Structure:
         prefix = prefix_in_model(cfg, model, names)
         try:
             structure = _trace(model.eval() or model)  # some models return None
-        except Exception as error:  # whatever a model of somebody's own may raise
+        except Exception as error:  # a custom model may raise anything
             raise CheckpointError(
                 f'the model of {cfg.filename} does not run on a random image of {SIDE} px '
                 f'({type(error).__name__}: {error}): leave out the config'
@@ -72,7 +72,7 @@ def build_model(cfg: Config) -> nn.Module:
                 f'the model of {cfg.filename} loads a file that may run any code: name another in '
                 'the config'
             ) from error
-        except Exception as error:  # whatever a user's model may raise
+        except Exception as error:  # a custom model may raise anything
             raise ConfigError(
                 f'the model of the config cannot be built ({named(error)}): correct the config'
             ) from error

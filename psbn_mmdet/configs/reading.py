@@ -1,4 +1,4 @@
-"""Reading configs: files and names of the zoo, and what is in them."""
+"""Reading configs: files and zoo names, and their contents."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     file = _config_file(path)
     try:
         cfg = Config.fromfile(file)
-        dict(cfg.items())  # imports what is imported lazily
+        dict(cfg.items())  # triggers lazy imports
     except Exception as error:  # a config is Python, and fails in as many ways
         raise ConfigError(
             f'config file {path} cannot be loaded ({named(error)}): correct it or what it imports, '

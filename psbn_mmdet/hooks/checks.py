@@ -72,7 +72,7 @@ def _refuse_unlike_ranks(model: nn.Module) -> None:
 
 
 def optimizers_of(runner: Runner) -> list[Optimizer]:
-    """All optimisers of a training.
+    """All optimizers of a training.
 
     Raises:
         RuntimeError: If one is not torch's, since its steps cannot be watched.

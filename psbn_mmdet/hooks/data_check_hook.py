@@ -38,7 +38,7 @@ class DataCheckHook(Hook):
     the categories in the annotation file, and names them by the order of ``metainfo.classes``.
     What has been built is compared: the data sets, the files that they have read, the heads, the
     evaluators, and the weights that are loaded. What is unusual, and may be meant, is one line of
-    the log; what is not known is passed over. ``tools/train.py`` and ``tools/test.py`` add it.
+    the log; unknown parts are skipped. ``tools/train.py`` and ``tools/test.py`` add it.
 
     Examples:
         >>> custom_imports = dict(imports=['psbn_mmdet'], allow_failed_imports=False)
@@ -56,7 +56,7 @@ class DataCheckHook(Hook):
                 runner.logger.warning(f'DataCheckHook: {warning}.')
         except ConfigError:
             raise
-        except Exception as error:  # whatever data sets and heads of somebody's own are like
+        except Exception as error:  # custom datasets and heads may raise anything
             runner.logger.warning(f'DataCheckHook: not compared to the end. Cause: {named(error)}')
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:

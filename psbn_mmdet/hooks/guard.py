@@ -34,7 +34,7 @@ class Guard:
             return None
         try:
             return function(*args)
-        except Exception as error:  # whatever disks, devices and users' models may raise
+        except Exception as error:  # disks, devices and user models may raise anything
             self._off.add(part)
             self._runner.logger.warning(
                 f'CollapseHook: {part} are off from iteration {self._runner.iter + 1} on, the '

@@ -40,8 +40,8 @@ class RecoveryHook(Hook):
 
     It works under any optimiser, with automatic mixed precision, accumulation, gradient
     checkpointing, averages and DistributedDataParallel, where all ranks do the same. Its state is
-    in the checkpoints: a resumed run goes on where it was. Whatever fails in it is one warning, and
-    it is off; the training goes on.
+    in the checkpoints: a resumed run continues from there. If it fails, it logs one warning and
+    turns itself off. The training continues.
 
     Args:
         steps (int): Within how many optimiser steps a filter with beta = -1 opens. One with
@@ -65,7 +65,7 @@ class RecoveryHook(Hook):
         self._recovery: Recovery | None = None
         self._trace: StepTrace | None = None
         self._structure = Structure()
-        self._saved: Any = None  # what a checkpoint had
+        self._saved: Any = None  # state loaded from a checkpoint
         # Opened filters: since they were last asked for, in this epoch, in this training.
         self._opened: dict[str, Tensor] = {}
         self._of_epoch: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ class RecoveryHook(Hook):
             )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep what a run that is resumed had."""
+        """Keep the state of the resumed run."""
         self._saved = checkpoint.get(STATE)
 
     def before_train(self, runner: Runner) -> None:
@@ -119,7 +119,7 @@ class RecoveryHook(Hook):
             self._trace = watch_steps(runner.model, self._network)
 
     def _go_on(self, runner: Runner) -> None:
-        """Take over what the checkpoint has."""
+        """Restore the state from the checkpoint."""
         try:
             structure = Structure(**self._saved['structure'])
             recovery = self._start(runner, structure)
