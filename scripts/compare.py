@@ -55,7 +55,7 @@ def keep(work_dir: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Train what is not trained yet, keep the results, write the report."""
+    """Train the missing runs, keep the results, write the report."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--work-dir', type=Path, default='work_dirs/compare')
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Run the commands in the docs' console blocks again, and put in what they print now.
+"""Run the commands in the docs' console blocks again, and update their output.
 
 In a block that begins with ```console, each line from ``$ `` on is a command, the lines up to the
 next one are its output. `make docs` runs this after `make demo-compare`, whose checkpoints the

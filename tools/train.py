@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-# No pickle in a checkpoint runs code, whatever `weights_only` the libraries pass to torch.load.
+# No pickle in a checkpoint runs code, with any `weights_only` the libraries pass to torch.load.
 os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
 os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

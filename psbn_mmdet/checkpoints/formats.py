@@ -92,7 +92,7 @@ def read_torch(path: str | os.PathLike) -> Any:
     """Read a PyTorch file; tensors are mapped, not read, where that is possible.
 
     Args:
-        path (str | PathLike): The file, whatever its ending.
+        path (str | PathLike): The file, with any extension.
 
     Returns:
         Any: What is in it, on the CPU.
@@ -108,7 +108,7 @@ def read_torch(path: str | os.PathLike) -> Any:
         return content
     except ClaimError as error:
         raise CheckpointError(f'{path} {error}') from error
-    except Exception as error:  # whatever a broken or hostile file brings about
+    except Exception as error:  # a broken or hostile file may raise anything
         unsafe = re.search(r'GLOBAL (\S+)', str(error))
         if unsafe:
             raise CheckpointError(
@@ -193,7 +193,7 @@ def find_state_dicts(content: Any, path: str = '') -> Iterator[tuple[str, dict]]
 
 
 def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
-    """Read a network's parameters from a checkpoint of whatever origin.
+    """Read a network's parameters from a checkpoint of any origin.
 
     A file may hold several networks, such as an average (EMA) beside the trained one. What is
     taken is what loading the file gives: the first whose name does not speak of an average. Where

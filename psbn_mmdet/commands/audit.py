@@ -121,7 +121,7 @@ def make_audit(args: argparse.Namespace) -> Audit:
                 switch_config(cfg, 'psBN')
                 forecast, switched = forecast_of_config(cfg, after), True
             no_forecast = '' if forecast else 'the config trains no psBN'
-        except Exception as error:  # whatever data sets and optimisers of somebody's own may raise
+        except Exception as error:  # custom datasets and optimizers may raise anything
             no_forecast = one_line(error)
     source = args.checkpoints[-1] + (f', {described(weights.key)}' if weights.key else '')
     if weights.others:

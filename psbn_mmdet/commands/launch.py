@@ -29,7 +29,7 @@ def run_script(
 ) -> None:
     """Run a script of the installed MMDetection, once the config has passed a check.
 
-    Where something must be mended first, the process ends with exit code 1 and its one sentence.
+    If something must be fixed first, the process ends with exit code 1 and its one sentence.
 
     Args:
         name (str): File name of the script, e.g. ``train.py``.

@@ -1,6 +1,6 @@
 """Checks before training or testing, for mistakes that would otherwise show late or never.
 
-Each raises :class:`ConfigError` with one sentence that names the value and the mend.
+Each raises :class:`ConfigError` with one sentence that names the value and the fix.
 :func:`psbn_mmdet.commands.launch.run_script` runs them and then MMDetection's own script.
 """
 

@@ -108,7 +108,7 @@ def _joined(
 
 
 def _apart(times: Sequence[int], pixel: float) -> list[int]:
-    """Times, without those that a screen would draw over the previous one."""
+    """Drop times that a screen would draw over the previous one."""
     kept: list[int] = []
     for time in times:
         if not kept or time - kept[-1] >= pixel:

@@ -89,7 +89,7 @@ def write_report(
 
 
 def _check_request(work_dirs: Mapping[str, str | os.PathLike], out: Path) -> None:
-    """Refuse what is wrong whatever is in the runs' files."""
+    """Refuse bad arguments before reading any run."""
     if not 1 <= len(work_dirs) <= len(COLOURS):
         raise ValueError(
             f'{len(work_dirs)} runs cannot be told apart by colour: give 1 to {len(COLOURS)}'

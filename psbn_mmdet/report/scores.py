@@ -1,4 +1,4 @@
-"""Average precision, from the logs of a run and of those that it continues."""
+"""Average precision, from the logs of a run and of the runs that it continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_scores(folders: Sequence[Path]) -> dict[str, tuple[list[int], list[floa
     """Read AP and AP50.
 
     Args:
-        folders (Sequence[Path]): Log folders of a run, those that it continues first.
+        folders (Sequence[Path]): Log folders of a run, after those of the runs it continues.
 
     Returns:
         dict[str, tuple[list[int], list[float]]]: Steps and values of each of ``SCORES`` that was

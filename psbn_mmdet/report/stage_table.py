@@ -18,7 +18,7 @@ def stage_rows(run: Run) -> list[list[str]]:
         run (Run): A run.
 
     Returns:
-        list[list[str]]: Cells in the order of ``COLUMNS``. '-' stands for what is not known.
+        list[list[str]]: Cells in the order of ``COLUMNS``. '-' means unknown.
     """
     bounds = np.cumsum(run.sizes)[:-1]
     ever = [np.split(mask, bounds) for mask in (run.ever_collapsed, run.ever_revived)]
