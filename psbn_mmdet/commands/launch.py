@@ -1,4 +1,4 @@
-"""Running the scripts of the installed MMDetection, once a config has passed the checks."""
+"""Run the scripts of the installed MMDetection after checking the config."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def run_script(
     own: ArgumentParser | None = None,
     then: Callable[[Namespace, Config], None] | None = None,
 ) -> None:
-    """Run a script of the installed MMDetection, once the config has passed a check.
+    """Run a script of the installed MMDetection after checking the config.
 
-    If something must be fixed first, the process ends with exit code 1 and its one sentence.
+    If the check fails, the process prints one sentence and exits with code 1.
 
     Args:
         name (str): File name of the script, e.g. ``train.py``.
         check (Callable): Called with the parsed options and the loaded config, which it may
-            change: the script is given what it leaves.
+            change. The script gets the changed config.
         own (ArgumentParser, optional): Of options beyond the script's, made without ``--help``.
             Defaults to None.
-        then (Callable, optional): Called with the same, when the script has ended well. Defaults
-            to None.
+        then (Callable, optional): Called with the same arguments after the script succeeds.
+            Defaults to None.
     """
     # Read before the script parses its options, which sets LOCAL_RANK to 0 where it is missing.
     local_rank = os.getenv('LOCAL_RANK') or os.getenv('SLURM_LOCALID') or '0'

@@ -27,24 +27,23 @@ STATE = 'psbn_recovery'  # of a checkpoint
 class RecoveryHook(Hook):
     """Decay gamma and beta = b - shift of closed filters of psBN layers until the shift opens them.
 
-    psBN recovers a closed filter by weight decay, at the rate of the whole network: tens of
-    thousands of steps at MMDetection's settings. While a filter is closed, its gamma and beta have
-    no influence, so they may be decayed at any rate; this hook does it in the time that the
-    training has. What is closed, how it is known, and why the network computes the same until the
-    filter opens is said in :mod:`psbn_mmdet.recovery.recovery`. Filters in layers that feed
-    anything but ReLUs are left alone, and so are those without a learning rate.
+    psBN opens a closed filter by weight decay, which takes tens of thousands of steps at
+    MMDetection's settings. A closed filter's gamma and beta do not affect the output, so this hook
+    decays them faster. :mod:`psbn_mmdet.recovery.recovery` defines closed filters, and explains how
+    they are found and why the output is unchanged until they open. Filters in layers that feed
+    anything but ReLUs, and filters without a learning rate, are left alone.
 
-    The convolution that feeds a filter which came closed with the loaded weights, and those that
-    read it, have often decayed as well. They get their size back once, at the start, in the network
-    and in its averages (:mod:`psbn_mmdet.recovery.restore`).
+    If a filter is closed in the loaded weights, the convolutions before and after it have often
+    decayed too. The hook restores their size once, at the start, in the network and in its averages
+    (:mod:`psbn_mmdet.recovery.restore`).
 
-    It works under any optimiser, with automatic mixed precision, accumulation, gradient
+    It works under any optimizer, with automatic mixed precision, accumulation, gradient
     checkpointing, averages and DistributedDataParallel, where all ranks do the same. Its state is
-    in the checkpoints: a resumed run continues from there. If it fails, it logs one warning and
-    turns itself off. The training continues.
+    in the checkpoints: a resumed run continues from there. If the hook fails, it logs one
+    warning and turns itself off. The training continues.
 
     Args:
-        steps (int): Within how many optimiser steps a filter with beta = -1 opens. One with
+        steps (int): Optimizer steps in which a filter with beta = -1 opens. A filter with
             beta = -10 takes twice as many. Defaults to 500.
         window (int): Forward passes without a sign of life before a filter is decayed.
             Defaults to 10.
