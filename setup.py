@@ -75,7 +75,7 @@ EXTRAS = {
 setup(
     name='psbn_mmdet',
     version=read_version(),
-    description='Post-shifted batch normalisation and collapse counting for MMDetection',
+    description='Post-shifted batch normalization and collapse counting for MMDetection',
     long_description=read_readme(),
     long_description_content_type='text/markdown',
     author='The psbn_mmdet authors',

@@ -1,7 +1,7 @@
 """Generate the demo's detection set: drawn shapes in COCO format.
 
 Discs, squares, triangles and crosses of many sizes, tilted, shaded and partly
-hidden behind each other, on textured and noisy backgrounds. Colour says nothing
+hidden behind each other, on textured and noisy backgrounds. Color says nothing
 about the class. The same arguments give the same files, byte for byte.
 
     python demo/make_dataset.py data/demo
@@ -29,7 +29,7 @@ DIAMETERS = (0.07, 0.9)  # of the circumscribed circle, as fractions of the imag
 NUM_OBJECTS = (3, 9)  # at least, at most; some of them are left out again
 MAX_TILT = 0.4  # radians
 MIN_VISIBLE = 0.35  # fraction of each object that stays in sight
-MIN_CONTRAST = 60  # distance of mean colours, object to what lies behind it
+MIN_CONTRAST = 60  # distance of mean colors, object to what lies behind it
 SUPERSAMPLING = 4  # masks are drawn this much larger, for smooth edges
 
 
@@ -109,8 +109,8 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[in
         label = int(rng.integers(len(CLASSES)))
         diameter = size * np.exp(rng.uniform(*np.log(DIAMETERS)))
         outline = _outline(rng, CLASSES[label], diameter / 2)
-        centre = rng.uniform(diameter / 4, size - diameter / 4, 2)
-        alpha = _rasterise(outline + centre, size)
+        center = rng.uniform(diameter / 4, size - diameter / 4, 2)
+        alpha = _rasterise(outline + center, size)
         whole_area = cv2.contourArea(outline.astype(np.float32))
 
         new_owner = np.where(alpha > 0.5, len(labels), owner)
@@ -175,7 +175,7 @@ def _write_images(folder: Path, count: int, size: int, seed: tuple[int, int]) ->
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A colour gradient, clouds, perhaps stripes or checks: (size, size, 3), float."""
+    """A color gradient, clouds, perhaps stripes or checks: (size, size, 3), float."""
     y, x = np.mgrid[:size, :size] / size
     angle = rng.uniform(0, 2 * np.pi)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -222,17 +222,17 @@ def _rasterise(corners: np.ndarray, size: int) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray) -> None:
-    """Lay a shaded colour over the image, in place, where ``alpha`` says so."""
+    """Lay a shaded color over the image, in place, where ``alpha`` says so."""
     y, x = np.nonzero(alpha)
     cover = alpha[y, x, None]
     behind = (cover * image[y, x]).sum(axis=0) / cover.sum()
-    colour = rng.uniform(20, 235, 3)
-    while np.linalg.norm(colour - behind) < MIN_CONTRAST:
-        colour = rng.uniform(20, 235, 3)
+    color = rng.uniform(20, 235, 3)
+    while np.linalg.norm(color - behind) < MIN_CONTRAST:
+        color = rng.uniform(20, 235, 3)
     angle = rng.uniform(0, 2 * np.pi)
     shade = (x * np.cos(angle) + y * np.sin(angle)) / len(image) * rng.uniform(0, 80)
     grain = rng.normal(0, rng.uniform(0, 12), len(x))
-    surface = colour + (shade - shade.mean() + grain)[:, None]
+    surface = color + (shade - shade.mean() + grain)[:, None]
     image[y, x] += cover * (surface - image[y, x])
 
 

@@ -172,7 +172,7 @@ class RectifierTrace(TorchDispatchMode):
     def unknown(self) -> dict[str, str]:
         """Why it is not known what follows the other layers."""
         return {
-            name: f'{type(norm).__name__} runs no batch normalisation of torch'
+            name: f'{type(norm).__name__} runs no batch normalization of torch'
             if self._calls[name]
             else 'did not run'
             for name, norm in self._norms.items()

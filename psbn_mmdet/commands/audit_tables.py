@@ -160,7 +160,7 @@ def audit_to_text(audit: Audit) -> str:
     if audit.census.count('unstarted'):
         lines.append(
             f'{audit.census.count("unstarted")} filters are unstarted: their layers are as '
-            'initialised, or the run that saved them says so. They have lost nothing.'
+            'initialized, or the run that saved them says so. They have lost nothing.'
         )
     if audit.census.count('broken'):
         lines.append('Broken filters have a gamma or bias that is not a finite number.')

@@ -60,7 +60,7 @@ def run_script(
         args.cfg_options = None
         script.parse_args = lambda: args  # type: ignore[attr-defined]
         has_cpus_only = args.launcher == 'pytorch' and get_device() == 'cpu'
-        if has_cpus_only:  # MMEngine would set a CUDA device first, but takes what is initialised
+        if has_cpus_only:  # MMEngine would set a CUDA device first, but takes what is initialized
             torch.distributed.init_process_group('gloo')
         script.main()
         if then is not None:

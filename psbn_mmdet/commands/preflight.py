@@ -36,7 +36,7 @@ from ..configs.reading import (
 from ..layers import check_shift
 
 URL_TIMEOUT = 5  # seconds
-CHECKPOINT_MEND = 'give the path of a checkpoint that exists'
+CHECKPOINT_FIX = 'give the path of a checkpoint that exists'
 
 # Of servers that are there but do not answer HEAD requests, or not those for this file.
 _STATUS_UNDECIDED = (403, 405, 429, 501)
@@ -67,15 +67,15 @@ def check_train_config(cfg: Config) -> None:
         _check_data(cfg, stage)
     for path, init_cfg in dicts(cfg.get('model'), 'model'):
         if is_pretrained(init_cfg) and isinstance(init_cfg.get('checkpoint'), str):
-            mend = f'set {path}.checkpoint to a local file, or {path}=None for random weights'
-            _check_weights(init_cfg['checkpoint'], f'{path}.checkpoint', mend)
+            fix = f'set {path}.checkpoint to a local file, or {path}=None for random weights'
+            _check_weights(init_cfg['checkpoint'], f'{path}.checkpoint', fix)
     checkpoint = text_of(cfg.get('load_from'), 'load_from', 'the path of a checkpoint')
     last = Path(cfg.get('work_dir') or '', 'last_checkpoint')
     if not checkpoint and cfg.get('resume') and last.is_file():
         checkpoint = last.read_text(errors='replace').strip()
         _check_last(last, checkpoint)
     if checkpoint:
-        _check_weights(checkpoint, 'checkpoint', CHECKPOINT_MEND)
+        _check_weights(checkpoint, 'checkpoint', CHECKPOINT_FIX)
         file = os.path.expanduser(checkpoint)
         if cfg.get('resume') and os.path.isfile(file) and _step_of(file) < 0:
             raise ConfigError(
@@ -96,7 +96,7 @@ def check_test_config(cfg: Config, checkpoint: str) -> None:
     """
     _check_model(cfg)
     _check_data(cfg, 'test')
-    _check_weights(checkpoint, 'checkpoint', CHECKPOINT_MEND)
+    _check_weights(checkpoint, 'checkpoint', CHECKPOINT_FIX)
 
 
 def _check_model(cfg: Config) -> None:
@@ -143,9 +143,9 @@ def _check_type(cfg: Config, path: str, kind: Any, what: str, usual: tuple[str, 
         names = {*PSBN_CLASSES, *usual} if usual else set(registry.module_dict)
     of_lower = {name.lower(): name for name in sorted(names)}
     near = difflib.get_close_matches(kind.lower(), of_lower, 1)
-    mend = f'use one of {", ".join(usual)}' if usual else 'add its module to custom_imports'
-    mend = f'did you mean {of_lower[near[0]]!r}? Else {mend}' if near else mend
-    raise ConfigError(f'{path}.type: no {what} is named {kind!r}: {mend}')
+    fix = f'use one of {", ".join(usual)}' if usual else 'add its module to custom_imports'
+    fix = f'did you mean {of_lower[near[0]]!r}? Else {fix}' if near else fix
+    raise ConfigError(f'{path}.type: no {what} is named {kind!r}: {fix}')
 
 
 def _check_data(cfg: Config, stage: str) -> None:
@@ -172,20 +172,20 @@ def _check_dataset(path: str, dataset: dict) -> None:
             _check_folder(os.path.join(root, prefix), setting, f'{path}.data_root')
 
 
-def _check_file(file: Any, setting: str, mend: str = '') -> None:
+def _check_file(file: Any, setting: str, fix: str = '') -> None:
     if not isinstance(file, str) or not file or '://' in file:
         return
-    advice = f'put the file there or set {mend or setting}'
+    advice = f'put the file there or set {fix or setting}'
     if not os.path.exists(file):
         raise ConfigError(f'{setting}: {shown(file)} does not exist: {advice}')
     if not (os.listdir(file) if os.path.isdir(file) else os.path.getsize(file)):  # a folder of DOTA
         raise ConfigError(f'{setting}: {shown(file)} is empty: {advice}')
 
 
-def _check_folder(folder: str, setting: str, mend: str) -> None:
+def _check_folder(folder: str, setting: str, fix: str) -> None:
     if not folder or '://' in folder:
         return
-    advice = f'put the images there or set {mend}'
+    advice = f'put the images there or set {fix}'
     if not os.path.isdir(folder):
         raise ConfigError(f'{setting}: the folder {shown(folder)} does not exist: {advice}')
     with os.scandir(folder) as entries:
@@ -202,23 +202,23 @@ def _is_remote(cfg: dict) -> bool:
     return False
 
 
-def _check_weights(checkpoint: str, setting: str, mend: str) -> None:
-    source = _resolve(checkpoint, setting, mend)
+def _check_weights(checkpoint: str, setting: str, fix: str) -> None:
+    source = _resolve(checkpoint, setting, fix)
     if source.startswith(('http://', 'https://')):
         file_name = os.path.basename(urlparse(source).path)
         cached = os.path.join(torch.hub.get_dir(), 'checkpoints', file_name)
         if os.path.isfile(cached):
             _check_local_weights(cached, setting)
         else:
-            _check_url(source, setting, mend)
+            _check_url(source, setting, fix)
     elif '://' not in source:
         source = os.path.expanduser(source)
         if not os.path.isfile(source):
-            raise ConfigError(f'{setting} {shown(source)} does not exist: {mend}')
+            raise ConfigError(f'{setting} {shown(source)} does not exist: {fix}')
         _check_local_weights(source, setting)
 
 
-def _resolve(checkpoint: str, setting: str, mend: str) -> str:
+def _resolve(checkpoint: str, setting: str, fix: str) -> str:
     """The URL or path behind a name in MMEngine's tables, or ``checkpoint`` itself."""
     scheme, _, name = checkpoint.partition('://')
     if scheme in ('torchvision', 'modelzoo'):
@@ -227,7 +227,7 @@ def _resolve(checkpoint: str, setting: str, mend: str) -> str:
         except ImportError as error:
             raise ConfigError(
                 f'{setting} {checkpoint} needs torchvision ({one_line(error)}): install it, or '
-                f'{mend}'
+                f'{fix}'
             ) from error
     elif scheme in ('open-mmlab', 'openmmlab'):
         table = mmengine_checkpoint.get_external_models()
@@ -237,7 +237,7 @@ def _resolve(checkpoint: str, setting: str, mend: str) -> str:
     else:
         return checkpoint
     if name not in table:
-        raise ConfigError(f'{setting} {checkpoint} is not in the table of {scheme}: {mend}')
+        raise ConfigError(f'{setting} {checkpoint} is not in the table of {scheme}: {fix}')
     if '://' in table[name]:
         return table[name]
     return os.path.join(mmengine_checkpoint._get_mmengine_home(), table[name])
@@ -254,9 +254,9 @@ def _check_last(last: Path, checkpoint: str) -> None:
         if checkpoint:
             return  # what is wrong with it is said by the checks of all checkpoints
         newest = None
-    mend = f'give --resume {newest}, the newest that can be' if newest else 'train without --resume'
+    fix = f'give --resume {newest}, the newest that can be' if newest else 'train without --resume'
     what = f'names {checkpoint}, which cannot be resumed' if checkpoint else 'is empty'
-    raise ConfigError(f'{last} {what}, perhaps since a run was killed in a save: {mend}')
+    raise ConfigError(f'{last} {what}, perhaps since a run was killed in a save: {fix}')
 
 
 def _step_of(file: str | Path) -> int:
@@ -268,7 +268,7 @@ def _step_of(file: str | Path) -> int:
     return -1
 
 
-def _check_url(url: str, setting: str, mend: str) -> None:
+def _check_url(url: str, setting: str, fix: str) -> None:
     try:
         request = urllib.request.Request(url, method='HEAD')
         urllib.request.urlopen(request, timeout=URL_TIMEOUT).close()
@@ -276,7 +276,7 @@ def _check_url(url: str, setting: str, mend: str) -> None:
         if getattr(error, 'code', None) in _STATUS_UNDECIDED:
             return
         raise ConfigError(
-            f'{setting} {url} cannot be downloaded ({one_line(error)}): {mend}'
+            f'{setting} {url} cannot be downloaded ({one_line(error)}): {fix}'
         ) from error
 
 

@@ -55,7 +55,7 @@ class CollapseHook(Hook):
         tau (float): Largest ``|gamma|`` of a vanished filter. Defaults to 1e-3.
         k (float): A filter is dead if its rectifier opens only beyond k standard deviations.
             Defaults to 3.
-        window (int, optional): Iterations, at least 1, in whose optimiser steps no gradient may
+        window (int, optional): Iterations, at least 1, in whose optimizer steps no gradient may
             have reached a filter that is called trapped. Steps in which none reaches its layer
             are left out. Trapped filters are counted from the iteration on at which it is full.
             None for ``interval``, but at least 50. Defaults to None.
@@ -275,7 +275,7 @@ def _warn_of_optimizers(
 
 
 def _read_schedules(runner: Runner, norms: Mapping[str, _BatchNorm]) -> list[Schedule]:
-    """What each optimiser does to parameters of psBN layers that no gradient reaches."""
+    """What each optimizer does to parameters of psBN layers that no gradient reaches."""
     params = [
         param
         for norm in norms.values()

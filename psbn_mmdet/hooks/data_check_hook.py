@@ -305,16 +305,16 @@ def _check_heads(network: nn.Module, source: _Source) -> Iterator[str]:
         if _HEADS.isdisjoint(own_name) or is_agnostic or not isinstance(given, int):
             continue
         has = f'model.{name}.{key}={given}, but {source.path} has {len(classes)} classes'
-        mend = f'({_listed(classes)}): set it to {len(classes)}'
+        fix = f'({_listed(classes)}): set it to {len(classes)}'
         if classes and given != len(classes) and source.is_default and source.dropped:
             raise ConfigError(
                 f'{has} by default, without {_listed(source.dropped)} of {source.file}: '
                 f'{source.advice}'
             )
         if classes and given < needed:
-            raise ConfigError(f'{has} {mend}')
+            raise ConfigError(f'{has} {fix}')
         if classes and given != len(classes):
-            yield f'{has} {mend}, if that is not meant'
+            yield f'{has} {fix}, if that is not meant'
 
 
 def _check_pretrained(network: nn.Module) -> None:

@@ -15,7 +15,7 @@ from ..records import KINDS
 
 COLUMNS = ('unstarted', *KINDS, 'collapsed')
 FOOT = (
-    'new, revived: in this epoch; -: not observed; unstarted: as initialised, has not begun; '
+    'new, revived: in this epoch; -: not observed; unstarted: as initialized, has not begun; '
     'collapsed: vanished, dead, trapped or broken'
 )
 

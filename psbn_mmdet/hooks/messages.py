@@ -16,11 +16,11 @@ from ..layers import PostShiftedBatchNorm
 def unstepped_warning(
     norms: Mapping[str, _BatchNorm], optimizers: Sequence[Optimizer]
 ) -> str | None:
-    """Say which psBN layers are trained, but have their bias in no optimiser.
+    """Say which psBN layers are trained, but have their bias in no optimizer.
 
     Args:
         norms (Mapping[str, nn.Module]): BN and psBN layers by name.
-        optimizers (Sequence[Optimizer]): All optimisers of the training.
+        optimizers (Sequence[Optimizer]): All optimizers of the training.
 
     Returns:
         str, optional: One sentence, None if all is well.
@@ -36,7 +36,7 @@ def unstepped_warning(
         return None
     return (
         f'psBN: the bias of {len(names)} of {len(trained)} layers, such as {names[0]}, is in no '
-        'optimiser: where copies or flattened parameters are stepped in its place (Apex O2, FSDP), '
+        'optimizer: where copies or flattened parameters are stepped in its place (Apex O2, FSDP), '
         'weight decay pulls it to 0, as in BN, and not to the shift.'
     )
 
@@ -54,7 +54,7 @@ def weight_decay_warning(
     Args:
         norms (Mapping[str, nn.Module]): BN and psBN layers by name; BN and frozen ones are
             passed over.
-        optimizers (Sequence[Optimizer]): All optimisers of the training.
+        optimizers (Sequence[Optimizer]): All optimizers of the training.
         optim_wrapper_cfg (Mapping): The config's ``optim_wrapper``, to name the setting.
 
     Returns:
@@ -78,7 +78,7 @@ def weight_decay_warning(
     if not any(optimizer.defaults.get('weight_decay') for optimizer in optimizers):
         cause = 'the cause is optim_wrapper.optimizer.weight_decay=0'
     else:
-        settings = _settings(optim_wrapper_cfg) or ["the optimiser's parameter groups"]
+        settings = _settings(optim_wrapper_cfg) or ["the optimizer's parameter groups"]
         cause = f'the cause is {" and ".join(settings)}'
     return (
         f'Weight decay does not reach gamma and bias of {len(without)} of {len(trained)} psBN '

@@ -107,7 +107,7 @@ class RecoveryHook(Hook):
         own = {p for o in optimizers for group in o.param_groups for p in group['params']}
         if not any(norm.weight in own and norm.bias in own for norm in psbn.values()):
             runner.logger.warning(
-                'RecoveryHook: no optimiser trains gamma and bias of a psBN layer: nothing can be '
+                'RecoveryHook: no optimizer trains gamma and bias of a psBN layer: nothing can be '
                 'recovered.'
             )
             return

@@ -39,7 +39,7 @@ def batch_norm_over_ranks(
     eps: float,
     group: Any,
 ) -> Tensor:
-    """Normalise by the statistics of all ranks' batches together, as if they were one batch.
+    """Normalize by the statistics of all ranks' batches together, as if they were one batch.
 
     Two collectives forward and two backward. Ranks may have batches of different sizes.
 

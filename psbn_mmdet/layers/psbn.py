@@ -217,7 +217,7 @@ class PostShiftedSyncBatchNorm(PostShiftedBatchNorm, _BatchNorm):
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x``, shape (N, C, ...)."""
+        """Normalize ``x``, shape (N, C, ...)."""
         layer = cast(Any, self)  # for torch's methods, which expect a SyncBatchNorm
         if not (self.training and x.device.type == 'cpu' and is_distributed()):
             return nn.SyncBatchNorm.forward(layer, x)

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch, Polygon
 
 from .labels import DOTS, add_legend, each_run, panel_label, run_handles, shared_setting, titled
 from .runs import Run
-from .style import COLOURS, WIDTH
+from .style import COLORS, WIDTH
 
 GREY = '#8C8C8C'
 BLUE, YELLOW = '#0072B2', '#F0E442'  # of Okabe and Ito's palette
@@ -25,7 +25,7 @@ def draw_channels(
     bias: np.ndarray,
     collapsed: np.ndarray,
     k: float,
-    colour: str = BLUE,
+    color: str = BLUE,
 ) -> None:
     """Draw one point per channel into an Axes, and shade the non-trainable region.
 
@@ -37,9 +37,9 @@ def draw_channels(
         ax (Axes): Where to draw.
         gamma (np.ndarray): Scales, shape (C,), no unit.
         bias (np.ndarray): Biases b, shape (C,), no unit.
-        collapsed (np.ndarray): Bool, shape (C,): which channels stand out in ``colour``.
+        collapsed (np.ndarray): Bool, shape (C,): which channels stand out in ``color``.
         k (float): Threshold of the region, in standard deviations.
-        colour (str): Colour of the collapsed channels. Defaults to blue.
+        color (str): Color of the collapsed channels. Defaults to blue.
 
     Raises:
         ValueError: If the arrays differ in shape.
@@ -64,7 +64,7 @@ def draw_channels(
     gamma, bias, collapsed = gamma[finite], bias[finite], collapsed[finite].astype(bool)
     for chosen, name, size, face in (
         (~collapsed, 'not collapsed', 7, to_rgba(GREY, 0.5)),
-        (collapsed, 'collapsed', 14, to_rgba(colour)),
+        (collapsed, 'collapsed', 14, to_rgba(color)),
     ):
         ax.scatter(
             gamma[chosen],
@@ -101,10 +101,10 @@ def channels(runs: Sequence[Run]) -> Figure | str:
     figure = Figure(figsize=(WIDTH, 1.1 + 3.1 * len(runs)), layout='constrained')
     axes = figure.subplots(len(runs), columns, sharex='col', sharey='col', squeeze=False)
     inside = []
-    for number, (row, run, colour) in enumerate(zip(axes, runs, COLOURS)):
+    for number, (row, run, color) in enumerate(zip(axes, runs, COLORS)):
         k = run.header['k']
         for index, (ax, snapshot) in enumerate(zip(row, run.snapshots)):
-            draw_channels(ax, snapshot.gamma, snapshot.bias, snapshot.collapsed, k, colour=colour)
+            draw_channels(ax, snapshot.gamma, snapshot.bias, snapshot.collapsed, k, color=color)
             # Always in sight: the origin, where weight decay leads to, and the region's tip.
             deep = np.abs(snapshot.bias[np.isfinite(snapshot.bias)]).max(initial=0)
             ax.update_datalim([(0, 0), (0, -deep / 4)])

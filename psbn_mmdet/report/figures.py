@@ -18,7 +18,7 @@ from .life_lines import life_lines
 from .runs import Run
 from .scores import SCORES
 from .stage_table import COLUMNS, stage_rows
-from .style import COLOURS, WIDTH, axis_from_zero, grid_shape, iterations_on, shorten
+from .style import COLORS, WIDTH, axis_from_zero, grid_shape, iterations_on, shorten
 
 LAYER_NAMES = 60  # beside a heat map
 
@@ -32,11 +32,11 @@ def counts(runs: Sequence[Run]) -> Figure:
     }
     figure = Figure(figsize=(WIDTH, 7.5), layout='constrained')
     axes = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2, 2, 1.3])
-    for number, (run, colour) in enumerate(zip(runs, COLOURS)):
+    for number, (run, color) in enumerate(zip(runs, COLORS)):
         width = 1.6 + (len(runs) - 1 - number)  # equal curves lie upon one another
         for ax, kind in zip(axes, panels):
-            ax.plot(*downsample(run.iterations, run.counts[kind]), color=colour)
-        axes[-1].plot(*downsample(run.iterations, run.learning_rate), color=colour, linewidth=width)
+            ax.plot(*downsample(run.iterations, run.counts[kind]), color=color)
+        axes[-1].plot(*downsample(run.iterations, run.learning_rate), color=color, linewidth=width)
     for ax, text in zip(axes, (*panels.values(), 'learning rate\n(no unit)')):
         ax.set_ylabel(text)
     axis_from_zero(axes[:-1])
@@ -77,7 +77,7 @@ def heat_map(runs: Sequence[Run]) -> Figure:
         ax.invert_yaxis()
         iterations_on(ax)
         if len(runs) > 1:
-            ax.set_title(shorten(run.label, 40), color=COLOURS[number], fontweight='bold')
+            ax.set_title(shorten(run.label, 40), color=COLORS[number], fontweight='bold')
         repeated = number % columns > 0 and run.names == runs[number - 1].names
         _name_layers(ax, run, named=not repeated)
     for ax in axes.flat[len(runs) :]:
@@ -112,9 +112,9 @@ def _name_layers(ax: Axes, run: Run, named: bool) -> None:
     apart = len(run.names) / 40  # rows between the labels of two stages, at least
     centres: dict[float, str] = {}
     for stage, layers in run.stages.items():
-        centre = (layers[0] + layers[-1] + 1) / 2
-        if not centres or centre - list(centres)[-1] >= apart:
-            centres[centre] = shorten(stage.removeprefix('backbone.'), 22)
+        center = (layers[0] + layers[-1] + 1) / 2
+        if not centres or center - list(centres)[-1] >= apart:
+            centres[center] = shorten(stage.removeprefix('backbone.'), 22)
     ax.set_yticks(list(centres), list(centres.values()), fontsize=8, fontweight='bold')
     ax.tick_params(axis='y', which='major', pad=8 + 3.9 * max(map(len, labels.values())))
 
@@ -127,10 +127,10 @@ def scores(runs: Sequence[Run]) -> Figure | str:
     figure = Figure(figsize=(WIDTH, 3.6), layout='constrained')
     axes = figure.subplots(1, len(names), squeeze=False, sharex=True)[0]
     for ax, name in zip(axes, names):
-        for run, colour in zip(runs, COLOURS):
+        for run, color in zip(runs, COLORS):
             if name in run.scores:
                 steps, values = run.scores[name]
-                ax.plot(steps, values, color=colour, marker='o', markersize=3.5)
+                ax.plot(steps, values, color=color, marker='o', markersize=3.5)
         units = sorted({run.score_unit for run in runs if name in run.scores})
         ax.set_xlabel(f'training time ({" or ".join(units)}s)')
         ax.set_ylabel(f'{name} (0 to 1)')
@@ -155,8 +155,8 @@ def stages(runs: Sequence[Run]) -> Figure:
     ax.set(xlim=(0, 1), ylim=(lines, 0))
     places = np.linspace(0.34, 1, len(COLUMNS) - 1)
     y = 0.5
-    for run, colour, table in zip(runs, COLOURS, tables):
-        ax.text(0, y, shorten(run.label, 30), color=colour, fontweight='bold', va='center')
+    for run, color, table in zip(runs, COLORS, tables):
+        ax.text(0, y, shorten(run.label, 30), color=color, fontweight='bold', va='center')
         for x, name in zip(places, COLUMNS[1:]):
             text = name.replace(' ', '\n')
             ax.text(x, y - 0.1, text, ha='right', va='center', color='#555555', fontsize=8)
@@ -211,7 +211,7 @@ FIGURES = {  # by the names of their files, in the order of the page
     'channels': Entry(
         channels,
         'In the plane of gamma and bias',
-        'One point per filter, in colour if it was collapsed at the last report; b is the bias. '
+        'One point per filter, in color if it was collapsed at the last report; b is the bias. '
         'In the shaded region a rectifier right behind the layer passes next to nothing, so that '
         'no gradient comes back; where something else stands between, such as a residual '
         'addition, a filter may train there. Without a gradient weight decay alone moves it. BN '
@@ -232,7 +232,7 @@ FIGURES = {  # by the names of their files, in the order of the page
         stages,
         'By stage',
         'At the last report; "ever" counts filters over the whole run. Unstarted filters are as '
-        'their initialisation left them, such as those that begin at gamma = 0: they have not '
+        'their initialization left them, such as those that begin at gamma = 0: they have not '
         'begun, and lost nothing. A dash: not observed, or no rectifier is known to follow.',
     ),
 }

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .runs import Run
-from .style import COLOURS, shorten, wrap
+from .style import COLORS, shorten, wrap
 
 DOTS: Any = dict(linestyle='', marker='o')  # in a legend
 
@@ -22,14 +22,14 @@ def titled(figure: Figure, title: str) -> Figure:
 
 
 def run_handles(runs: Sequence[Run], what: str = '', **marker: Any) -> list[Line2D]:
-    """Legend entries with the colour of each run."""
+    """Legend entries with the color of each run."""
     labels = [
         ', '.join(filter(None, (what, shorten(run.label, 40) if len(runs) > 1 else '')))
         for run in runs
     ]
     return [
-        Line2D([], [], color=colour, linewidth=2.5, label=label, **marker)
-        for label, colour in zip(labels, COLOURS)
+        Line2D([], [], color=color, linewidth=2.5, label=label, **marker)
+        for label, color in zip(labels, COLORS)
     ]
 
 

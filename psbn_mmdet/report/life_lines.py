@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from .events import Life
 from .labels import DOTS, add_legend, each_run, panel_label, titled
 from .runs import Run
-from .style import COLOURS, WIDTH, grid_shape, iterations_on, shorten, whole_numbers
+from .style import COLORS, WIDTH, grid_shape, iterations_on, shorten, whole_numbers
 
 LIFE_LINES = 150  # of each run
 NAMED_LIVES = 40  # of one run: as many as have room for their names
@@ -36,7 +36,7 @@ def life_lines(runs: Sequence[Run]) -> Figure | str:
     for number, (ax, run, mine) in enumerate(zip(axes.flat, runs, lives)):
         border = 1.02 * float(run.iterations[-1])
         width = float(np.clip(0.6 * 72 * height / (most + 1), 0.6, 3))
-        _draw_lives(ax, mine, COLOURS[number], width, border)
+        _draw_lives(ax, mine, COLORS[number], width, border)
         ax.set_xlim(0, border)
         ax.set_ylim(most + 1, 0)
         ax.yaxis.set_major_locator(whole_numbers())
@@ -68,7 +68,7 @@ def life_lines(runs: Sequence[Run]) -> Figure | str:
     return titled(figure, each_run(runs, numbers, ' filters that collapsed are alive at the end'))
 
 
-def _draw_lives(ax: Axes, lives: Sequence[Life], colour: str, width: float, border: float) -> None:
+def _draw_lives(ax: Axes, lives: Sequence[Life], color: str, width: float, border: float) -> None:
     """Draw a line of ``width`` points for each life; one that lasts runs to the border."""
     pixel = border / 1000
     lines = [
@@ -83,7 +83,7 @@ def _draw_lives(ax: Axes, lives: Sequence[Life], colour: str, width: float, bord
     revivals = points([end for _, end in life.spans if end is not None] for life in lives)
     openings = points(life.recovered for life in lives)
     dense = len(revivals) > 2000  # too many for circles, and for an SVG
-    ax.add_collection(LineCollection(lines, colors=colour, linewidths=width, rasterized=dense))
+    ax.add_collection(LineCollection(lines, colors=color, linewidths=width, rasterized=dense))
     size = (1.8 * width + 1) ** 2
     circles: Any = dict(s=size, marker='o', facecolor='white', edgecolor='black', linewidth=0.7)
     ticks: Any = dict(s=width**2, marker='|', facecolor='black', linewidth=0.4, rasterized=True)

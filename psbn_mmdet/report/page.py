@@ -21,7 +21,7 @@ from ..records.atomic import is_among, replacing
 from .figures import FIGURES
 from .runs import Run, input_files, read_run
 from .stage_table import COLUMNS, stage_rows
-from .style import COLOURS, STYLE, printable
+from .style import COLORS, STYLE, printable
 
 DPI = 150
 TEMPLATES = Environment(
@@ -54,7 +54,7 @@ def write_report(
 
     Raises:
         FileNotFoundError: If a work dir has no record.
-        ValueError: If there are more runs than colours, if a label is empty, if ``out`` is a
+        ValueError: If there are more runs than colors, if a label is empty, if ``out`` is a
             folder or a file that is read, if a record has no report yet, or if a file is damaged.
 
     Examples:
@@ -73,7 +73,7 @@ def write_report(
 
     folder = out.with_name(f'{out.stem}_figures')
     page = TEMPLATES.get_template('report.html.j2').render(
-        runs=[_facts(run, colour) for run, colour in zip(runs, COLOURS)],
+        runs=[_facts(run, color) for run, color in zip(runs, COLORS)],
         figures=figures,
         folder=printable(folder.name),
         columns=COLUMNS,
@@ -90,9 +90,9 @@ def write_report(
 
 def _check_request(work_dirs: Mapping[str, str | os.PathLike], out: Path) -> None:
     """Refuse bad arguments before reading any run."""
-    if not 1 <= len(work_dirs) <= len(COLOURS):
+    if not 1 <= len(work_dirs) <= len(COLORS):
         raise ValueError(
-            f'{len(work_dirs)} runs cannot be told apart by colour: give 1 to {len(COLOURS)}'
+            f'{len(work_dirs)} runs cannot be told apart by color: give 1 to {len(COLORS)}'
         )
     if not all(isinstance(label, str) for label in work_dirs):
         raise ValueError(f'the labels {list(work_dirs)} are not all texts: give each run a name')
@@ -141,13 +141,13 @@ def _render(figure: Figure) -> dict[str, bytes]:
     return written
 
 
-def _facts(run: Run, colour: str) -> dict[str, Any]:
+def _facts(run: Run, color: str) -> dict[str, Any]:
     """What the page says of a run in words and tables."""
     layers, last = run.header['layers'], run.last
     by_layer = zip(layers, last['layers']['collapsed'], last['channels']['collapsed'])
     return {
         'label': run.label,
-        'colour': colour,
+        'color': color,
         'path': printable(str(run.path)),
         'norms': ', '.join(dict.fromkeys(printable(str(layer['norm'])) for layer in layers)),
         'layers': len(layers),

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 # Okabe and Ito's palette without its yellow, which is too light for lines: told apart by
-# colour-blind readers too. One for each run.
-COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+# color-blind readers too. One for each run.
+COLORS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
 WIDTH = 9.0  # of a figure, in inches
 

@@ -92,7 +92,7 @@ def test_thresholds_out_of_range_are_refused(tau, k):
         census_of_model(nn.BatchNorm2d(4), tau=tau, k=k)
 
 
-def test_a_layer_as_initialised_has_lost_nothing():
+def test_a_layer_as_initialized_has_lost_nothing():
     model = nn.Sequential(
         nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(1), nn.BatchNorm2d(2)
     )
@@ -105,7 +105,7 @@ def test_a_layer_as_initialised_has_lost_nothing():
     assert found['2'].vanished.all()  # one channel alone tells nothing
     state_dict = census_of_state_dict(model.state_dict(), rectifiers=rectifiers)
     assert [layer.unstarted.sum() for layer in state_dict.layers] == [4, 4, 0, 2]
-    model[0].bias.data[1] += 1e-6  # no initialisation leaves a layer so
+    model[0].bias.data[1] += 1e-6  # no initialization leaves a layer so
     found = census_of_model(model, rectifiers=rectifiers)
     assert found['0'].unstarted.sum() == 0 and found['0'].vanished.all() and found['0'].dead.any()
 

@@ -1,4 +1,4 @@
-"""Which filters get no gradient, read before the optimiser's step."""
+"""Which filters get no gradient, read before the optimizer's step."""
 
 import inspect
 
@@ -288,7 +288,7 @@ def test_a_step_is_skipped_by_a_scaler_on_another_device(second_device):
     assert watch.steps == 1 and trapped_channels(watch) == {'1': TRAPPED, '4': []}
 
 
-def test_several_optimisers_are_watched_each_by_its_own_steps():
+def test_several_optimizers_are_watched_each_by_its_own_steps():
     model = network()
     wrappers = OptimWrapperDict(
         first=OptimWrapper(SGD(model[:3].parameters(), lr=1e-3)),
@@ -302,7 +302,7 @@ def test_several_optimisers_are_watched_each_by_its_own_steps():
     assert trapped_channels(watch) == {'1': TRAPPED, '4': []}
 
 
-def test_gamma_and_beta_in_different_optimisers():
+def test_gamma_and_beta_in_different_optimizers():
     model = network()
     gammas = [model[1].weight, model[4].weight]
     rest = [p for p in model.parameters() if all(p is not g for g in gammas)]
@@ -315,7 +315,7 @@ def test_gamma_and_beta_in_different_optimisers():
 
 
 class Unhooked(SGD):
-    """Without hooks, as torch.compile of torch 2.1 leaves all optimisers."""
+    """Without hooks, as torch.compile of torch 2.1 leaves all optimizers."""
 
     def _patch_step_function(self):
         self._zero_grad_profile_name = 'zero_grad'

@@ -389,7 +389,7 @@ def test_layers_that_stay_unknown_are_named_with_the_reason():
     trace = watched(model, 5, bound=4)
     assert not trace.active and trace.structure.rectifiers == {'net.1': 'relu'}
     assert trace.unknown == {
-        'net.3': 'Foreign runs no batch normalisation of torch',
+        'net.3': 'Foreign runs no batch normalization of torch',
         'idle': 'did not run in 4 iterations',
     }
     assert nothing_is_left(model)

@@ -194,7 +194,7 @@ def test_a_switched_model_under_test_time_augmentation():
     assert all(isinstance(m, PostShiftedBatchNorm) for m in norms(model).values())
 
 
-def test_an_optimiser_trains_what_the_switch_has_made():
+def test_an_optimizer_trains_what_the_switch_has_made():
     cfg = load_config('yolov3_mobilenetv2_8xb24-320-300e_coco')
     switch_config(cfg, 'psBN')
     model = build(cfg)

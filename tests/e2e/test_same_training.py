@@ -35,11 +35,11 @@ CELLS = ROOT.parent / 'shared/data/bccd'
 STATES = 50
 
 
-# From scratch: initialisers, averages
+# From scratch: initializers, averages
 
 
 class Net(BaseModel):
-    """MMCV's blocks, a bare norm and a head, initialised as in MMDetection."""
+    """MMCV's blocks, a bare norm and a head, initialized as in MMDetection."""
 
     def __init__(self, norm: str) -> None:
         super().__init__(

@@ -180,7 +180,7 @@ def test_the_window_is_what_no_gradient_may_have_come_in(tmp_path, interval, win
     assert (full in texts(tmp_path)) == (trapped[0] is None)
 
 
-def test_several_optimisers(tmp_path):
+def test_several_optimizers(tmp_path):
     class TwoOptimizers(Classifier):
         def train_step(self, data, optim_wrapper):
             losses = self(**data, mode='loss')
@@ -419,7 +419,7 @@ def test_a_layer_that_is_not_trained_does_not_begin(tmp_path):
         assert channels_of(records, report, 'unstarted') == {'head.1': list(range(8))}
 
 
-@pytest.mark.parametrize('why', ['no optimiser', 'shared'])
+@pytest.mark.parametrize('why', ['no optimizer', 'shared'])
 def test_layers_that_cannot_be_watched_are_named(tmp_path, why):
     model = Classifier()
     if why == 'shared':
@@ -438,20 +438,20 @@ def test_layers_that_cannot_be_watched_are_named(tmp_path, why):
     assert warning.endswith(': stem.1.')
 
 
-def test_of_layers_in_no_optimiser_it_is_not_said_that_there_was_no_step(tmp_path):
+def test_of_layers_in_no_optimizer_it_is_not_said_that_there_was_no_step(tmp_path):
     model = Classifier()
     wrapper = OptimWrapper(torch.optim.SGD(model.linear.parameters(), lr=0.01))
     run(tmp_path, model, epochs=1, optim_wrapper=wrapper)
     assert 'trapped filters are not counted in 2 layers' in texts(tmp_path)
-    assert 'no optimiser step' not in texts(tmp_path)
+    assert 'no optimizer step' not in texts(tmp_path)
 
 
-@pytest.mark.parametrize('optimised', ['all', 'linear'])
-def test_no_step_is_missed_where_no_layer_is_trained(tmp_path, optimised):
+@pytest.mark.parametrize('optimized', ['all', 'linear'])
+def test_no_step_is_missed_where_no_layer_is_trained(tmp_path, optimized):
     model = Classifier()
     model.stem.requires_grad_(False)
     model.head.requires_grad_(False)
-    params = (model if optimised == 'all' else model.linear).parameters()
+    params = (model if optimized == 'all' else model.linear).parameters()
     wrapper = OptimWrapper(torch.optim.SGD(params, lr=0.01))
     records = records_of(run(tmp_path, model, epochs=1, optim_wrapper=wrapper))
     assert [report['steps'] for report in records.reports] == [0, 0, 0]
@@ -778,7 +778,7 @@ def test_ranks_with_other_layers_are_refused(tmp_path, monkeypatch, hook):
     assert 'loss: ' not in texts(tmp_path)
 
 
-def test_an_optimiser_that_cannot_be_watched_is_refused(tmp_path):
+def test_an_optimizer_that_cannot_be_watched_is_refused(tmp_path):
     class Foreign:
         def __init__(self, optimizer):
             self.param_groups = optimizer.param_groups

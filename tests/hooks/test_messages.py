@@ -29,7 +29,7 @@ def test_gamma_and_bias_must_both_be_decayed(decayed):
         for name, p in model.named_parameters()
     ]
     said = warning(model, SGD(groups, lr=0.1, weight_decay=0.1))
-    assert "1 of 2 psBN layers, such as 1 (the cause is the optimiser's parameter groups)" in said
+    assert "1 of 2 psBN layers, such as 1 (the cause is the optimizer's parameter groups)" in said
 
 
 def test_one_that_is_frozen_needs_no_decay():
@@ -44,12 +44,12 @@ def test_one_that_is_frozen_needs_no_decay():
     assert warning(model, SGD(model[1].parameters(), lr=0.1, weight_decay=0.1)) is None
 
 
-def test_layers_that_no_optimiser_has_are_told_from_layers_without_decay():
+def test_layers_that_no_optimizer_has_are_told_from_layers_without_decay():
     model = network()
     decay = SGD(model[0].parameters(), lr=0.1, weight_decay=0.1)
     assert warning(model, decay) is None
     assert unstepped(model, decay) == (
-        'psBN: the bias of 1 of 2 layers, such as 1, is in no optimiser: where copies or flattened '
+        'psBN: the bias of 1 of 2 layers, such as 1, is in no optimizer: where copies or flattened '
         'parameters are stepped in its place (Apex O2, FSDP), weight decay pulls it to 0, as in '
         'BN, and not to the shift.'
     )
@@ -69,12 +69,12 @@ def test_copies_that_are_stepped_in_a_bias_place_are_said():
     assert unstepped(network(nn.BatchNorm2d), SGD(copies, lr=0.1)) is None
 
 
-def test_all_optimisers_are_looked_at():
+def test_all_optimizers_are_looked_at():
     model = network()
     first = SGD(model[0].parameters(), lr=0.1, weight_decay=0.1)
     second = SGD(model[1].parameters(), lr=0.1)
     said = warning(model, first, second)
-    assert "1 of 2 psBN layers, such as 1 (the cause is the optimiser's parameter groups)" in said
+    assert "1 of 2 psBN layers, such as 1 (the cause is the optimizer's parameter groups)" in said
     second.param_groups[0]['weight_decay'] = 0.1
     assert warning(model, first, second) is None
 
@@ -106,7 +106,7 @@ def test_the_settings_that_take_decay_from_norms_are_named(cfg, settings):
     assert settings in warning(model, SGD(groups, lr=0.1, weight_decay=0.1), **cfg)
 
 
-def test_an_optimiser_that_knows_no_decay_gives_none():
+def test_an_optimizer_that_knows_no_decay_gives_none():
     model = network()
     assert '2 of 2' in warning(model, Rprop(model.parameters()))
 

@@ -104,7 +104,7 @@ def fsdp2_from_bn(net: nn.Module) -> torch.Tensor:
 
 
 def fsdp1(net: nn.Module) -> list[str]:
-    """What is said where the optimiser has flat parameters only."""
+    """What is said where the optimizer has flat parameters only."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     wrapped = FullyShardedDataParallel(net, device_id=torch.device('cpu'))

@@ -1,4 +1,4 @@
-"""Optimisers see beta = b - alpha, whatever they are and whatever happens in a step."""
+"""Optimizers see beta = b - alpha, whatever they are and whatever happens in a step."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def train(
 
 
 def biases_moved(net: nn.Module, optimizer: Optimizer) -> list[torch.Tensor]:
-    """What a step of an optimiser does to the biases of a network."""
+    """What a step of an optimizer does to the biases of a network."""
     before = [layer.bias.detach().clone() for layer in norms_of(net)]
     loss_of(net, batches()[0]).backward()
     optimizer.step()
@@ -95,7 +95,7 @@ def biases_moved(net: nn.Module, optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 def optimizers() -> dict[str, Callable]:
-    """Every optimiser that MMEngine has registered, and what torch's have in variants."""
+    """Every optimizer that MMEngine has registered, and what torch's have in variants."""
     # Of sparse gradients, of matrices, and those with tests of their own.
     skipped = {'Optimizer', 'SparseAdam', 'Muon', 'LBFGS', 'ZeroRedundancyOptimizer'}
     made = {}
@@ -209,7 +209,7 @@ def test_a_bias_that_is_left_alone_is_put_back_bit_for_bit(dtype):
         assert torch.equal(layer.bias.detach().view(bits), old.view(bits))
 
 
-def test_a_frozen_bias_that_the_optimiser_has_too_stays():
+def test_a_frozen_bias_that_the_optimizer_has_too_stays():
     net = network(PostShiftedBatchNorm2d)
     frozen, _ = norms_of(net)
     frozen.bias.data.normal_()
@@ -270,7 +270,7 @@ def test_hooks_of_others_on_the_same_step_see_b():
     assert len(seen) == 2
 
 
-def test_hooks_see_b_on_an_optimiser_that_was_made_before_the_import(tmp_path):
+def test_hooks_see_b_on_an_optimizer_that_was_made_before_the_import(tmp_path):
     path = tmp_path / 'late.py'
     path.write_text("""
 import torch
@@ -290,11 +290,11 @@ optimizer.step()
     ]
 
 
-# Which optimiser, which layer
+# Which optimizer, which layer
 
 
 class Lookahead(Optimizer):
-    """Of arXiv 1907.08610: holds another optimiser, and copies of the parameters from the start."""
+    """Of arXiv 1907.08610: holds another optimizer, and copies of the parameters from the start."""
 
     def __init__(self, inner: Optimizer) -> None:
         super().__init__(inner.param_groups, {})
@@ -320,7 +320,7 @@ class Twice(SGD):
 
 
 @pytest.mark.parametrize('kind', [Lookahead, Twice])
-def test_optimisers_around_others_move_once(kind):
+def test_optimizers_around_others_move_once(kind):
     def make(params):
         if kind is Twice:
             return Twice(params, lr=0.05)
@@ -446,7 +446,7 @@ def test_accumulation_and_skipped_steps_change_nothing():
     assert all(torch.equal(b, layer.bias) for b, layer in zip(before, norms_of(net)))
 
 
-def test_layers_and_optimisers_are_not_kept_alive():
+def test_layers_and_optimizers_are_not_kept_alive():
     net = network(PostShiftedBatchNorm2d)
     optimizer = SGD(net.parameters(), lr=0.1)
     biases_moved(net, optimizer)
@@ -456,7 +456,7 @@ def test_layers_and_optimisers_are_not_kept_alive():
     assert [reference() for reference in references] == [None] * 3
 
 
-def test_optimisers_of_other_networks_are_not_slowed_by_any_move(monkeypatch):
+def test_optimizers_of_other_networks_are_not_slowed_by_any_move(monkeypatch):
     alive = network(PostShiftedBatchNorm2d)
     net = network(nn.BatchNorm2d)
     monkeypatch.setattr('psbn_mmdet.layers.decay._Biases', None)  # would fail if it were used
@@ -491,7 +491,7 @@ def test_a_compiled_step_is_the_same(whole):
         assert (ours.bias - ALPHA).abs().max() > 1e-4
 
 
-# What no optimiser steps
+# What no optimizer steps
 
 
 def test_an_update_by_hand_is_said():

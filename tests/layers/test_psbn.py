@@ -135,11 +135,11 @@ def test_a_filter_at_zero_gets_gradient_through_the_rectifier():
         assert bool((layer.bias.grad != 0).all()) == alive
 
 
-# Where the bias starts: what an initialiser writes means beta
+# Where the bias starts: what an initializer writes means beta
 
 
 class Block(BaseModule):
-    """Two of MMCV's blocks and a bare norm, initialised as in MMDetection."""
+    """Two of MMCV's blocks and a bare norm, initialized as in MMDetection."""
 
     def __init__(self, norm_type: str = 'psBN', **kwargs):
         super().__init__(init_cfg=dict(type='Constant', layer='_BatchNorm', val=1, bias=0))
@@ -169,7 +169,7 @@ def test_resetting_starts_anew():
 
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('init_weights', [True, False])
-def test_initialisers_that_write_0_leave_a_new_layer_at_the_shift(training, init_weights, image):
+def test_initializers_that_write_0_leave_a_new_layer_at_the_shift(training, init_weights, image):
     torch.manual_seed(0)
     block = Block(shift=0.3).train(training)
     if init_weights:
@@ -186,7 +186,7 @@ def test_initialisers_that_write_0_leave_a_new_layer_at_the_shift(training, init
     assert_started(block, 0.3) if training else None
 
 
-def test_old_initialisers_write_to_data(image):
+def test_old_initializers_write_to_data(image):
     layer = PostShiftedBatchNorm2d(3)
     layer.bias.data.zero_()
     layer(image)

@@ -67,7 +67,7 @@ class KeepForecast(Hook):
 
 @OPTIM_WRAPPERS.register_module(name='NoForecast')
 class ClosureWrapper(OptimWrapper):
-    """For an optimiser that wants a closure."""
+    """For an optimizer that wants a closure."""
 
     def step(self, **kwargs):
         self.optimizer.step(lambda: 0.0)
@@ -232,7 +232,7 @@ def test_a_resumed_run_forecasts_what_is_left(tmp_path):
     assert np.allclose([step[0]['lr'] for step in hook.schedule.rates], first.rates[24:])
 
 
-def test_a_frozen_parameter_is_left_out_though_the_optimiser_has_it():
+def test_a_frozen_parameter_is_left_out_though_the_optimizer_has_it():
     trained, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
     optimizer = torch.optim.SGD([trained, frozen], lr=0.1, weight_decay=0.1)
     found = read_schedule(OptimWrapper(optimizer), [], [trained, frozen], 4, None)

@@ -242,7 +242,7 @@ class Anchored(torch.optim.Optimizer):
             param.copy_(state['x0'] - 1e-6)
 
 
-def test_an_optimiser_that_sets_parameters_from_other_positions_decays_as_promised():
+def test_an_optimizer_that_sets_parameters_from_other_positions_decays_as_promised():
     net, x = Net(), images()
     optimizer = Anchored(net.parameters())
     recovery = recovery_of(net, optimizer, steps=50)
@@ -342,7 +342,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_every_optimiser_lets_closed_filters_open_and_leaves_no_moments(name):
+def test_every_optimizer_lets_closed_filters_open_and_leaves_no_moments(name):
     net, x = Net(), images()
     try:
         optimizer = OPTIMIZERS[name](net.parameters())

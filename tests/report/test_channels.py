@@ -27,7 +27,7 @@ def shaded(ax, picture, gamma, bias) -> bool:
 
 
 def test_every_channel_is_a_point_and_the_collapsed_ones_stand_out():
-    ax, _ = draw([1.0, 0.5, 0.1], [0.0, 0.2, -0.9], [False, False, True], colour='#D55E00')
+    ax, _ = draw([1.0, 0.5, 0.1], [0.0, 0.2, -0.9], [False, False, True], color='#D55E00')
     alive, collapsed = ax.collections
     assert alive.get_offsets().tolist() == [[1.0, 0.0], [0.5, 0.2]]
     assert collapsed.get_offsets().tolist() == [[0.1, -0.9]]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from psbn_mmdet.report import read_run
 from psbn_mmdet.report.figures import FIGURES
-from psbn_mmdet.report.style import COLOURS, STYLE, shorten
+from psbn_mmdet.report.style import COLORS, STYLE, shorten
 
 HOSTILE = {
     'markup': '<script>alert(1)</script> "x" &',
@@ -72,7 +72,7 @@ def test_the_title_of_one_run_needs_no_label(pair):
     assert draw('counts', pair[:1]).get_suptitle() == '3 of 160 filters collapsed at the end'
 
 
-def test_the_counts_are_drawn_in_the_colour_of_the_run(pair):
+def test_the_counts_are_drawn_in_the_color_of_the_run(pair):
     axes = draw('counts', pair).axes
     assert [ax.get_ylabel().split('\n')[0] for ax in axes] == [
         'collapsed filters',
@@ -80,8 +80,8 @@ def test_the_counts_are_drawn_in_the_colour_of_the_run(pair):
         'vanished filters',
         'learning rate',
     ]
-    for line, colour, values in zip(axes[0].lines, COLOURS, ([0, 1, 3, 3], [0, 1, 2, 0])):
-        assert to_hex(line.get_color()).upper() == colour
+    for line, color, values in zip(axes[0].lines, COLORS, ([0, 1, 3, 3], [0, 1, 2, 0])):
+        assert to_hex(line.get_color()).upper() == color
         assert line.get_xdata().tolist() == [50, 100, 150, 200]
         assert line.get_ydata().tolist() == values
     assert axes[3].lines[0].get_ydata().tolist() == [0.1] * 4
@@ -142,20 +142,20 @@ def test_what_there_is_nothing_of_is_said_in_a_sentence(tmp_path, write_run):
     draw('heat_map', [run])
 
 
-def test_a_run_without_snapshots_or_ap_keeps_the_colours_of_the_others(tmp_path, write_run, pair):
+def test_a_run_without_snapshots_or_ap_keeps_the_colors_of_the_others(tmp_path, write_run, pair):
     runs = [read_run(write_run(tmp_path, snapshots=()), 'bare'), pair[0]]
     figure = draw('channels', runs)
     assert 'region with bare' in figure.get_suptitle() and 'of 3 with BN' in figure.get_suptitle()
     assert figure.axes[0].get_title() == 'bare\nno snapshots'
     collapsed = figure.axes[-1].collections[1]
-    assert to_hex(collapsed.get_facecolor()[0]).upper() == COLOURS[1]
+    assert to_hex(collapsed.get_facecolor()[0]).upper() == COLORS[1]
     figure = draw('scores', runs)
     assert figure.get_suptitle() == 'AP at the last validation: unknown with bare, 0.200 with BN'
-    assert to_hex(figure.axes[0].lines[0].get_color()).upper() == COLOURS[1]
+    assert to_hex(figure.axes[0].lines[0].get_color()).upper() == COLORS[1]
 
 
-def test_colours_are_told_apart_by_the_colour_blind():
-    """Distances in CIE Lab between the palette's colours as deuteranopes and protanopes see them.
+def test_colors_are_told_apart_by_the_color_blind():
+    """Distances in CIE Lab between the palette's colors as deuteranopes and protanopes see them.
 
     Machado, Oliveira, Fernandes 2009, severity 1.
     """
@@ -164,7 +164,7 @@ def test_colours_are_told_apart_by_the_colour_blind():
         'protanopia': [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
     }
     to_xyz = np.array([[0.412, 0.358, 0.180], [0.213, 0.715, 0.072], [0.019, 0.119, 0.950]])
-    rgb = np.array([matplotlib.colors.to_rgb(colour) for colour in COLOURS])
+    rgb = np.array([matplotlib.colors.to_rgb(color) for color in COLORS])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     for matrix in seen_as.values():
         xyz = np.clip(linear @ np.array(matrix).T, 0, 1) @ to_xyz.T / [0.9505, 1, 1.089]
@@ -217,7 +217,7 @@ def test_the_layers_names_beside_a_heat_map_do_not_overlap(tmp_path, write_run, 
     assert rightmost <= min(text.get_window_extent().x0 for text in names)
 
 
-def test_seven_runs_have_seven_colours_and_a_panel_each(tmp_path, write_run):
+def test_seven_runs_have_seven_colors_and_a_panel_each(tmp_path, write_run):
     runs = [read_run(write_run(tmp_path / f'{n}', scores={1: 0.1}), f'run {n}') for n in range(7)]
     for name in FIGURES:
         figure = draw(name, runs)

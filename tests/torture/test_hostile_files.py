@@ -88,7 +88,7 @@ SHAPES = {
         path,
         dict(state_dict=state_dict(), message_hub=dict(runtime_info={'collapse/record': bomb})),
     ),
-    'in the optimiser': lambda path, bomb: saved(
+    'in the optimizer': lambda path, bomb: saved(
         path, dict(state_dict=state_dict(), optimizer=dict(state={0: bomb}))
     ),
     'as an entry': lambda path, bomb: saved(

@@ -187,7 +187,7 @@ def assert_same(found, wanted, path='') -> None:
 
 
 def assert_same_training(work_dir: Path, other: Path, config: str) -> None:
-    """Weights, optimiser, recovery, reports and snapshots, and the report's page reads them."""
+    """Weights, optimizer, recovery, reports and snapshots, and the report's page reads them."""
     files = last_checkpoint(work_dir), last_checkpoint(other)
     assert files[0].name == files[1].name
     found, wanted = (torch.load(file, weights_only=False) for file in files)

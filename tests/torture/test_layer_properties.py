@@ -28,7 +28,7 @@ PSBN = {
     PostShiftedSyncBatchNorm: (nn.BatchNorm2d, (2, 3)),
 }
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Older torch has no batch normalisation in float16 on CPUs.
+# Older torch has no batch normalization in float16 on CPUs.
 HALF_ON_CPUS = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 2)
 TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 5e-2, torch.float32: 1e-5, torch.float64: 1e-6}
 # Whatever a config or a call may have in the place of a number.

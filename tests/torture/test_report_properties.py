@@ -21,7 +21,7 @@ from psbn_mmdet.commands import report as tool
 from psbn_mmdet.records import COUNTS, RecordWriter
 from psbn_mmdet.report import draw_channels, page, write_report
 from psbn_mmdet.report.downsampling import HeatMapColumns, downsample
-from psbn_mmdet.report.style import COLOURS, printable, shorten, wrap
+from psbn_mmdet.report.style import COLORS, printable, shorten, wrap
 
 REPLACED = '\N{REPLACEMENT CHARACTER}'
 HOSTILE = [
@@ -202,8 +202,8 @@ def test_labels_that_are_no_texts_are_refused(tmp_path, labels):
     assert 'give each run a name' in error and repr(labels[-1]) in error
 
 
-@pytest.mark.parametrize('number', [0, len(COLOURS) + 1, 1000])
-def test_runs_without_colours_are_refused(tmp_path, number):
+@pytest.mark.parametrize('number', [0, len(COLORS) + 1, 1000])
+def test_runs_without_colors_are_refused(tmp_path, number):
     count()
     runs = {f'run {index}': tmp_path for index in range(number)}
     _, error = attempt(write_report, runs, tmp_path / 'a.html')
