@@ -61,7 +61,8 @@ class Witness(Hook):
     def listed(self, collective, name):
         def call(*args, **kwargs):
             files = [Path(frame.filename).parts for frame in traceback.extract_stack()]
-            if any('psbn_mmdet' in f and ('hooks' in f or 'collapse' in f) for f in files):
+            ours = {'hooks', 'collapse', 'recovery'}
+            if any('psbn_mmdet' in parts and ours & set(parts) for parts in files):
                 self.collectives.append(name)
             return collective(*args, **kwargs)
 

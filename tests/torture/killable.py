@@ -22,8 +22,8 @@ from mmengine.hooks import Hook, checkpoint_hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 
-from psbn_mmdet.collapse import recovery
 from psbn_mmdet.records import RecordWriter, atomic
+from psbn_mmdet.recovery import recovery
 
 ROOT = Path(__file__).resolve().parents[2]
 

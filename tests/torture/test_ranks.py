@@ -107,7 +107,7 @@ def test_runs_started_in_the_same_second_keep_their_records_apart(tmp_path, monk
         assert [report['iter'] for report in records.reports] == [4, 8, 12, 16, 20, 24]
         assert {report['total']['trapped'] for report in records.reports} == {collapsed}
         assert list(find_snapshots(log)) == [0, 12, 24]
-    assert f'that of this one is in {beside}' in texts(tmp_path)
+    assert f'the record of this run is in {beside}' in texts(tmp_path)
     # A run that resumes one of them in that very second continues the right one.
     model = Classifier(PostShiftedBatchNorm2d)
     load = dict(resume=True, load_from=str(tmp_path / 'a_1.pth'))
