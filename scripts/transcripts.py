@@ -49,6 +49,7 @@ def main() -> None:
     if not NEEDED.is_file():
         sys.exit(f'transcripts: {NEEDED} is missing: run `make demo-compare` first')
     shutil.rmtree(SCRATCH, ignore_errors=True)
+    SCRATCH.mkdir(parents=True)
     for path in docs:
         text = path.read_text(encoding='utf-8')
         for block in track(BLOCK.findall(text), description=str(path)):

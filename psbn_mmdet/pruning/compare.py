@@ -50,19 +50,21 @@ def images_of(data: Any, count: int) -> Iterator[dict]:
 
 
 def largest_difference(whole: Any, pruned: Any, data: dict) -> float:
-    """The largest difference of what backbone, neck and dense heads put out, of its largest."""
+    """The largest difference of the outputs of neck and dense heads, relative to the largest value.
+
+    Outputs of the neck are left out if the heads lost some of their channels.
+    """
     outputs = []
     for model in (whole, pruned):
         inputs = model.data_preprocessor(copy.deepcopy(data), False)['inputs']
-        found = [model.extract_feat(inputs)]
-        for name in ('rpn_head', 'bbox_head'):
-            head = getattr(model, name, None)
-            if head is not None:
-                found.append(head(found[0]))
+        features = model.extract_feat(inputs)
+        heads = [getattr(model, name, None) for name in ('rpn_head', 'bbox_head')]
+        found = [features, *(head(features) for head in heads if head is not None)]
         outputs.append([v for v in tree_flatten(found)[0] if isinstance(v, Tensor)])
     return max(
         float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
         for one, other in zip(*outputs)
+        if one.shape == other.shape
     )
 
 

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 from cifar10 import CifarResNet
+from mmdet.structures import DetDataSample
 from PIL import Image
 from pruned_blocks import BLOCKS, close_some, images
 from torch import nn
 
 from psbn_mmdet.checkpoints import read_weights
 from psbn_mmdet.collapse import find_norms
+from psbn_mmdet.configs.model import model_of_config
+from psbn_mmdet.configs.reading import load_config
 from psbn_mmdet.pruning import ChannelTrace, add_constants, narrow, plan
+from psbn_mmdet.pruning.compare import largest_difference
 
 DATA = Path(__file__).resolve().parents[3] / 'shared/data'
 
@@ -92,3 +96,26 @@ def test_public_networks_get_narrower_and_give_the_same_logits(blocks, file, who
     assert size_of(net) == whole and size_of(less) <= most
     with torch.no_grad():
         assert torch.allclose(net(x[200:]), less(x[200:]), atol=1e-5)
+
+
+def test_a_detector_with_depthwise_convolutions_and_relu6():
+    """SSDLite on MobileNetV2, of which half of the channels of each norm are closed."""
+    cfg = load_config('mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py')
+    torch.manual_seed(0)
+    net = model_of_config(cfg).eval()
+    with torch.no_grad():
+        for norm in find_norms(net).values():
+            norm.bias.uniform_(-0.3, 0.3)
+            norm.weight[: norm.num_features // 2] = 0.01
+            norm.bias[: norm.num_features // 2] = -9.0
+        with ChannelTrace(net) as trace:
+            net(torch.randn(2, 3, 160, 160), mode='tensor')
+        cut = plan(trace, net)
+        less = copy.deepcopy(net)
+        add_constants(less, trace, cut.constants)
+        narrow(less, cut.kept)
+        x = torch.randint(0, 256, (3, 160, 160), dtype=torch.uint8)
+        sample = DetDataSample(metainfo=dict(img_shape=(160, 160)))
+        apart = largest_difference(net, less, dict(inputs=[x], data_samples=[sample]))
+    assert apart < 1e-5
+    assert size_of(less) < size_of(net) / 3
