@@ -43,6 +43,7 @@ from study import (
     contrasts_table,
     markdown_table,
     mean_of,
+    rows_of,
     table,
 )
 from torch import nn
@@ -538,7 +539,7 @@ def compare_runs(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
     return cells, contrasts
 
 
-def tables(cells: Sequence[dict], contrasts: Sequence[dict]) -> str:
+def tell(result: dict) -> str:
     """Cells and contrasts as Markdown."""
 
     def shown(value: float | None, form: str) -> str:
@@ -556,14 +557,15 @@ def tables(cells: Sequence[dict], contrasts: Sequence[dict]) -> str:
         ['', 'seeds', *headings],
         [
             [cell['arm'], cell['seeds'], *(shown(cell[key], f) for key, f in columns.items())]
-            for cell in cells
+            for cell in rows_of(result['cells'])
         ],
     )
-    return first + '\n' + contrasts_table(contrasts, 'AP')
+    return first + '\n' + contrasts_table(rows_of(result['contrasts']), 'AP')
 
 
-def draw(cells: Sequence[dict]) -> Figure:
+def draw(result: dict) -> Figure:
     """AP over multiply-adds, and over the parameters of the backbone."""
+    cells = rows_of(result['cells'])
     figure = Figure(figsize=(11, 4.6), layout='constrained')
     axes = figure.subplots(1, 2, sharey=True)
     kinds = {  # what arms begin with: label, marker, line
@@ -633,7 +635,7 @@ def main() -> None:
     records = list({str(record): record for record in records}.values())
     cells, contrasts = compare_runs(records)
     result = {'cells': table(cells), 'contrasts': table(contrasts), 'runs': table(records)}
-    STUDY.publish(result, tables(cells, contrasts), draw(cells))
+    STUDY.publish(result, tell(result), draw(result))
 
 
 if __name__ == '__main__':
