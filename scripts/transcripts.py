@@ -19,7 +19,7 @@ from rich.progress import track
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r'(?<=^```console\n).*?(?=^```$)', re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r'^\$ (.*(?:\\\n.*)*)$', re.MULTILINE)
+COMMAND = re.compile(r'^\$ ((?:.*\\\n)*.*)$', re.MULTILINE)
 NEEDED = Path('work_dirs/compare/bn/epoch_16.pth')
 SCRATCH = Path('work_dirs/examples')
 

@@ -57,9 +57,9 @@ from psbn_mmdet.report import find_record
 
 CELLS = ROOT / 'demo/faster-rcnn_r18_fpn_cells.py'
 RATE = 0.02
-# Epochs by the decay that give 4, 8, 12 and 20 e-foldings; the longest are left out.
+# Epochs by decay; the longest are left out.
 MAP = {0.3: (2, 4, 6, 10), 0.1: (6, 12, 18, 30), 0.03: (20,)}
-EPOCHS = 18  # of --shrink 0.1 at 12 e-foldings, to whose size the rivals are cut
+EPOCHS = 18  # of --shrink 0.1, to whose size the rivals are cut
 WHOLE = 285_065_216, 2_798_880  # multiply-adds of the detector, parameters of the backbone
 PRUNERS = {'BNScalePruner': 'gamma', 'MagnitudePruner': 'magnitude'}
 L1 = (0.01, 0.03)

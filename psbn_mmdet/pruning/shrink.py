@@ -2,7 +2,7 @@
 
 Weight decay on gamma and beta is a pressure: filters whose gradients do not hold them up shrink.
 How far is measured in e-foldings, the sum of lr * decay / (1 - momentum). In our measurements,
-twelve or more e-foldings from a long training cost no AP beyond the spread of seeds. Bought by a
+sixteen or more e-foldings from a long training cost no AP beyond the spread of seeds. Bought by a
 larger decay in a short training they cost a third of it (docs/evidence/shrink.md).
 """
 
@@ -23,7 +23,7 @@ from ..configs.reading import ConfigError
 from ..layers import PostShiftedBatchNorm
 from ..recovery.forecast import e_foldings, schedule_of_config
 
-FOLDINGS = 12.0  # after which filters without gradient have vanished
+FOLDINGS = 16.0  # after which filters without gradient have vanished
 DECAY = 0.1  # the largest decay that cost little AP
 
 
@@ -33,7 +33,7 @@ def shrink_config(cfg: Config, decay: float | None) -> list[str]:
     Args:
         cfg (Config): The config, changed in place so that it says all that was done.
         decay (float, optional): The weight decay of gamma and beta. None for the least that gives
-            twelve e-foldings, at most 0.1.
+            sixteen e-foldings, at most 0.1.
 
     Returns:
         list[str]: What was changed, and whether the training is long enough.

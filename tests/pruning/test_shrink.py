@@ -61,13 +61,13 @@ def test_a_short_training_is_told_of(cfg):
     assert cfg.custom_hooks[-1]['type'] == 'CollapseHook'
     assert '15 BN are decayed by 0.1, 1,000 times as much as all else; 5 are frozen' in lines[0]
     assert 'shrinks by 0.3 e-foldings' in lines[1]
-    assert 'too few for filters to vanish: 12 take' in lines[2]
+    assert 'too few for filters to vanish: 16 take' in lines[2]
 
 
 def test_a_long_one_decays_no_more_than_it_needs(cfg):
     cfg.train_cfg.max_epochs = 1000
     lines = shrink_config(cfg, None)
-    assert len(lines) == 2 and 'shrinks by 12.0 e-foldings' in lines[1]
+    assert len(lines) == 2 and 'shrinks by 16.0 e-foldings' in lines[1]
     assert 100 < cfg.optim_wrapper.paramwise_cfg.norm_decay_mult < 500
     shrink_config(cfg, 0.05)
     assert cfg.optim_wrapper.paramwise_cfg.norm_decay_mult == pytest.approx(500)
