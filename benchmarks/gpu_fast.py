@@ -115,7 +115,8 @@ def pruned(context: Any, dtype: torch.dtype | None) -> dict:
             model.backbone(image)
 
     for multiple in (1, 8, 16):
-        whole, less, image = gpu_right.pruned(context, multiple)
+        whole, less, batch = gpu_right.pruned(context, multiple)
+        image = whole.data_preprocessor(batch, False)['inputs']
         runs['whole'] = partial(run, whole, image)
         runs[f'multiples of {multiple}'] = partial(run, less, image)
     rounds = 4 if context.small else 40

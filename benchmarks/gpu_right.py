@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,8 @@ from psbn_mmdet.layers import (
     bn_to_psbn,
     psbn_to_bn,
 )
-from psbn_mmdet.pruning import ChannelTrace, add_constants, narrow, plan
+from psbn_mmdet.pruning import ChannelTrace, cut_out, plan
+from psbn_mmdet.pruning.compare import largest_difference
 
 BATCHES = 8
 _ADAM: dict[str, Any] = dict(lr=1e-3, weight_decay=0.5)
@@ -308,8 +308,8 @@ def detector(name: str, drawn: Path, folder: Path) -> dict:
 
 
 @torch.no_grad()
-def pruned(context: Any, multiple: int = 1) -> tuple[nn.Module, nn.Module, Tensor]:
-    """A detector with a third of the channels of each norm closed, what is left of it, an image.
+def pruned(context: Any, multiple: int = 1) -> tuple[nn.Module, nn.Module, dict]:
+    """A detector with a third of the channels of each norm closed, what is left of it, a batch.
 
     ``multiple`` is what the widths that are left are multiples of.
     """
@@ -328,22 +328,16 @@ def pruned(context: Any, multiple: int = 1) -> tuple[nn.Module, nn.Module, Tenso
     data = model.data_preprocessor(batch, False)
     with ChannelTrace(model) as trace:
         model(**data, mode='predict')
-    cut = plan(trace, model)
-    less = deepcopy(model)
-    add_constants(less, trace, cut.constants)
-    return model, narrow(less, cut.kept), data['inputs']
+    return model, cut_out(model, trace, plan(trace, model)), batch
 
 
 @torch.no_grad()
 def as_whole(context: Any) -> dict:
-    """What a backbone and a neck put out, whole and pruned."""
-    whole, less, image = pruned(context)
-    apart = max(
-        float((one - other).abs().max() / one.abs().max())
-        for one, other in zip(whole.extract_feat(image), less.extract_feat(image))
-    )
+    """What the neck and the first head put out, whole and pruned."""
+    whole, less, batch = pruned(context)
+    apart = largest_difference(whole, less, batch)
     sizes = [sum(p.numel() for p in model.backbone.parameters()) for model in (whole, less)]
-    text = f'features apart by {apart:.0e} of the largest, parameters {sizes[0]:,} -> {sizes[1]:,}'
+    text = f'outputs apart by {apart:.0e} of the largest, parameters {sizes[0]:,} -> {sizes[1]:,}'
     return {'ok': apart <= 1e-5 and sizes[1] < 0.6 * sizes[0], 'text': text}
 
 

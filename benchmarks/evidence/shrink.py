@@ -60,7 +60,6 @@ RATE = 0.02
 # Epochs by decay; the longest are left out.
 MAP = {0.3: (2, 4, 6, 10), 0.1: (6, 12, 18, 30), 0.03: (20,)}
 EPOCHS = 18  # of --shrink 0.1, to whose size the rivals are cut
-WHOLE = 285_065_216, 2_798_880  # multiply-adds of the detector, parameters of the backbone
 PRUNERS = {'BNScalePruner': 'gamma', 'MagnitudePruner': 'magnitude'}
 L1 = (0.01, 0.03)
 NARROW = (8, 16)  # base_channels: as many parameters in the backbone, as many multiply-adds
@@ -526,7 +525,9 @@ def compare_runs(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
     cells, contrasts = STUDY.compare(records)
     for cell in cells:
         mine = [record for record in records if record['arm'] == cell['arm']]
-        for key, whole in (('multiply-adds', WHOLE[0]), ('backbone', WHOLE[1])):
+        for key in ('multiply-adds', 'backbone'):
+            # The rivals are cut from the same detector as --shrink cuts.
+            whole = next(r[f'{key} whole'] for r in records if f'{key} whole' in r)
             of = [
                 r[f'{key} pruned'] / r.get(f'{key} whole', whole)
                 for r in mine

@@ -25,18 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..checkpoints import (
-    CheckpointError,
-    Weights,
-    read_weights,
-    write_content,
-)
+from ..checkpoints import CheckpointError, Weights, read_weights, write_content
 from ..collapse import census_of_state_dict
 from ..configs.model import model_of_config, structure_of_config
 from ..configs.norm_switch import import_package
 from ..configs.reading import dicts, is_pretrained, load_config
 from ..layers import find_norm_states
-from ..pruning import MARGIN, ChannelTrace, add_constants, narrow, plan
+from ..pruning import MARGIN, ChannelTrace, cut_out, plan
 from ..pruning.compare import (
     by_stage,
     dataset_of,
@@ -118,9 +113,7 @@ def prune(args: argparse.Namespace) -> list[str]:
         ]
         if not cut.kept:
             return [f'{args.checkpoint}: nothing to cut', *left]
-        pruned = copy.deepcopy(whole)
-        add_constants(pruned, trace, cut.constants)
-        narrow(pruned, cut.kept)
+        pruned = cut_out(whole, trace, cut)
         images = images_of(val, len(val))
         difference = max((largest_difference(whole, pruned, data) for data in images), default=0.0)
         if difference > ROUNDING and not args.force:

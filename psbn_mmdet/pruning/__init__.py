@@ -1,6 +1,6 @@
 """Cutting closed filters out of a network, which computes the same without them."""
 
-from .cut import MARGIN, Cut, add_constants, build_pruned, narrow, plan
+from .cut import MARGIN, Cut, build_pruned, cut_out, narrow, plan
 from .shrink import shrink_config
 from .trace import ChannelTrace, Watched
 
@@ -9,8 +9,8 @@ __all__ = [
     'ChannelTrace',
     'Cut',
     'Watched',
-    'add_constants',
     'build_pruned',
+    'cut_out',
     'narrow',
     'plan',
     'shrink_config',

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..collapse import find_norms
+from ..configs.reading import datasets_of
 from ..records import stage_of
 
 ROUNDS = 20
@@ -28,8 +29,7 @@ def dataset_of(cfg: Config, stage: str) -> Any:
     dataset, tested = loader.get('dataset'), (cfg.get('val_dataloader') or {}).get('dataset')
     if not dataset or not tested:
         raise ValueError(f'{cfg.filename} has no {stage}_dataloader and val_dataloader: add them')
-    while 'pipeline' not in tested:
-        tested = tested['dataset'] if 'dataset' in tested else tested['datasets'][0]
+    _, tested = next(datasets_of(tested, 'val_dataloader.dataset'))
     return DATASETS.build(_with_pipeline(dataset, tested['pipeline']))
 
 

@@ -7,6 +7,7 @@ same.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -145,6 +146,13 @@ def add_constants(model: nn.Module, trace: ChannelTrace, constants: Mapping[str,
         else:
             norm = _norm_behind(modules, trace, name)
             norm.running_mean -= values.to(norm.running_mean)
+
+
+def cut_out(model: nn.Module, trace: ChannelTrace, cut: Cut) -> nn.Module:
+    """A copy of a network without the channels of a cut, which computes the same."""
+    pruned = copy.deepcopy(model)
+    add_constants(pruned, trace, cut.constants)
+    return narrow(pruned, cut.kept)
 
 
 @torch.no_grad()

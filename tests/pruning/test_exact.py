@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import zipfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from psbn_mmdet.checkpoints import read_weights
 from psbn_mmdet.collapse import find_norms
 from psbn_mmdet.configs.model import model_of_config
 from psbn_mmdet.configs.reading import load_config
-from psbn_mmdet.pruning import ChannelTrace, add_constants, narrow, plan
+from psbn_mmdet.pruning import ChannelTrace, cut_out, plan
 from psbn_mmdet.pruning.compare import largest_difference
 
 DATA = Path(__file__).resolve().parents[3] / 'shared/data'
@@ -32,9 +31,7 @@ def pruned(net: nn.Module, x: torch.Tensor, margin: float = 0.0) -> tuple[nn.Mod
         net(x)
         net(x[:1])
     cut = plan(trace, net, margin)
-    less = copy.deepcopy(net)
-    add_constants(less, trace, cut.constants)
-    return narrow(less, cut.kept), cut.kept
+    return cut_out(net, trace, cut), cut.kept
 
 
 def size_of(net: nn.Module) -> int:
@@ -110,10 +107,7 @@ def test_a_detector_with_depthwise_convolutions_and_relu6():
             norm.bias[: norm.num_features // 2] = -9.0
         with ChannelTrace(net) as trace:
             net(torch.randn(2, 3, 160, 160), mode='tensor')
-        cut = plan(trace, net)
-        less = copy.deepcopy(net)
-        add_constants(less, trace, cut.constants)
-        narrow(less, cut.kept)
+        less = cut_out(net, trace, plan(trace, net))
         x = torch.randint(0, 256, (3, 160, 160), dtype=torch.uint8)
         sample = DetDataSample(metainfo=dict(img_shape=(160, 160)))
         apart = largest_difference(net, less, dict(inputs=[x], data_samples=[sample]))
