@@ -11,9 +11,10 @@ from .census import (
     check_thresholds,
     compare,
     find_norms,
+    unwrapped,
 )
 from .gradients import GradientWatch
-from .monitor import CollapseMonitor, Report, sum_known
+from .monitor import CollapseMonitor, Report
 from .structure import (
     RectifierTrace,
     StepTrace,
@@ -41,9 +42,9 @@ __all__ = [
     'check_thresholds',
     'compare',
     'find_norms',
-    'sum_known',
     'trace_rectifiers',
     'trace_structure',
+    'unwrapped',
     'watch_steps',
     'what_follows',
 ]

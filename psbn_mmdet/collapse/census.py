@@ -31,10 +31,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -241,6 +242,11 @@ def check_thresholds(tau: float, k: float) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside a wrapper such as DistributedDataParallel, or the model itself."""
+    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
 def find_norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.optim import Optimizer
 
-from ..records import COUNTS, KINDS, RECOVERED, format_ranges, parse_ranges
-from .census import Census, census_of_model, check_thresholds, find_norms
+from ..records import COUNTS, KINDS, RECOVERED, format_ranges, parse_ranges, sum_known
+from .census import Census, census_of_model, check_thresholds, find_norms, unwrapped
 from .gradients import GradientWatch
 from .structure import Structure, watch_steps
 
@@ -115,7 +114,7 @@ class CollapseMonitor:
     ) -> None:
         check_thresholds(tau, k)
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-        self.network: nn.Module = model.module if is_model_wrapper(model) else model  # type: ignore[assignment]
+        self.network = unwrapped(model)
         self.tau, self.k, self.window = tau, k, window
         self.iteration = self.begin = iteration
         self.start = census_of_model(self.network, tau=tau, k=k)
@@ -171,13 +170,17 @@ class CollapseMonitor:
         Raises:
             LookupError: If one of them is gone.
         """
+        known = self._parameters()
+        return known.judged(self.structure.rectifiers, None, self._unstarted, self._moving)
+
+    def _parameters(self) -> Census:
+        """What the parameters tell by themselves."""
         now = census_of_model(self.network, tau=self.tau, k=self.k)
         kept = [layer for layer in now.layers if layer.name in self._names]
         missing = self._names - {layer.name for layer in kept}
         if missing:
             raise LookupError(f'the network no longer has a layer {min(missing)}')
-        known = Census(kept, self.tau, self.k)
-        return known.judged(self.structure.rectifiers, None, self._unstarted, self._moving)
+        return Census(kept, self.tau, self.k)
 
     def report(self) -> Report:
         """Count what is collapsed now, and what has changed since the previous report.
@@ -188,7 +191,7 @@ class CollapseMonitor:
         steps, self._steps = self.watch.steps - self._steps, self.watch.steps
         trapped = self.watch.trapped(self.window, self.iteration - 1) if steps else {}
         reached = self.watch.reached()
-        now = self.census()
+        now = self._parameters()
         for layer in now.layers:
             name, gamma = layer.name, layer.gamma
             largest = np.maximum(np.abs(gamma), np.abs(self.start[name].gamma))
@@ -292,9 +295,3 @@ def _ranges(masks: Mapping[str, np.ndarray], of_all: bool = False) -> dict[str, 
 
 def _masks(ranges: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     return {name: parse_ranges(known, sizes[name]) for name, known in ranges.items()}
-
-
-def sum_known(counts: Sequence[int | None]) -> int | None:
-    """Sum of the known counts, None if all are unknown."""
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from mmengine.dist import all_gather_object, barrier
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 from torch.optim import Optimizer
 
-from ..collapse import find_norms
+from ..collapse import find_norms, unwrapped
 from ..layers import PostShiftedBatchNorm
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, out of a wrapper such as DDP's."""
-    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
 def is_count(value: object) -> bool:

@@ -14,11 +14,11 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from ..collapse import CollapseMonitor, check_thresholds, find_norms
+from ..collapse import CollapseMonitor, check_thresholds, find_norms, unwrapped
 from ..layers import PostShiftedBatchNorm
 from ..records import COUNTS, STATE_INFO
 from ..recovery.forecast import Schedule, make_forecast, read_schedule
-from .checks import is_count, optimizers_of, refuse_model, unwrapped, will_train
+from .checks import is_count, optimizers_of, refuse_model, will_train
 from .epoch_table import EpochTable
 from .guard import Guard
 from .messages import MonitorMessages, unstepped_warning, weight_decay_warning

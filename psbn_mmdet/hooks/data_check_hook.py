@@ -20,8 +20,8 @@ from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
+from ..collapse import unwrapped
 from ..configs.reading import ConfigError, datasets_of, is_pretrained, named
-from .checks import unwrapped
 
 LARGEST = 200e6  # bytes of an annotation file that is read once more
 SAMPLES = 50  # images that are looked for

@@ -10,8 +10,8 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from ..collapse import Census, Report, sum_known
-from ..records import KINDS
+from ..collapse import Census, Report
+from ..records import KINDS, sum_known
 
 COLUMNS = ('unstarted', *KINDS, 'collapsed')
 FOOT = (

@@ -14,10 +14,10 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..collapse import StepTrace, Structure, find_norms, watch_steps
+from ..collapse import StepTrace, Structure, find_norms, unwrapped, watch_steps
 from ..layers import PostShiftedBatchNorm
 from ..recovery import Recovery
-from .checks import is_count, optimizers_of, refuse_model, unwrapped, will_train
+from .checks import is_count, optimizers_of, refuse_model, will_train
 from .messages import unstepped_warning
 
 STATE = 'psbn_recovery'  # of a checkpoint

@@ -10,7 +10,7 @@ from .names import (
     stage_of,
 )
 from .ranges import format_ranges, parse_ranges
-from .reader import Records, read_records, stream_json, stream_records
+from .reader import Records, read_records, stream_json, stream_records, sum_known
 from .snapshots import (
     claim_folder,
     copy_snapshots,
@@ -39,5 +39,6 @@ __all__ = [
     'stage_of',
     'stream_json',
     'stream_records',
+    'sum_known',
     'write_snapshot',
 ]

@@ -15,7 +15,7 @@ import json
 import os
 import reprlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -133,6 +133,12 @@ def stream_json(file: BinaryIO, check: Callable[[int, Any], object]) -> Iterator
         yield value
 
 
+def sum_known(counts: Sequence[int | None]) -> int | None:
+    """Sum of the known counts, None if all are unknown."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
 def check_integer(value: Any) -> int:
     """Check that a value is an integer from 0 to 2**53."""
     if type(value) is not int or not 0 <= value < 2**53:
@@ -207,7 +213,6 @@ class _ReportReader:
                 count if new == old else None if new is None else int(parse_ranges(new, size).sum())
                 for new, old, count, size in zip(ranges, last_ranges, layers, self._sizes)
             ]
-            known = [count for count in layers if count is not None]
-            total = sum(known) if known else None
+            total = sum_known(layers)
             self._last[kind] = ranges, layers, total
         return layers, total

@@ -93,7 +93,6 @@ def test_what_was_reopened_is_in_the_next_report_alone():
     loop = Loop(network())
     loop.run(1)
     assert 'recovered' not in loop.monitor.report().total
-    mask = np.zeros(8, bool)
     for channel in (1, 3):
         mask = np.zeros(8, bool)
         mask[channel] = True
