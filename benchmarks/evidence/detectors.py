@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from study import JOBS, ROOT, Study
 
 from psbn_mmdet.checkpoints import read_content, read_weights, write_content
@@ -223,8 +222,7 @@ def finetuning_options(
 
 def biases_at(config: Path, value: float) -> dict[str, torch.Tensor]:
     """The biases of all norms of a config, at a value."""
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        norms = find_norms(model_of_config(read_config(config)))
+    norms = find_norms(model_of_config(read_config(config)))
     return {f'{name}.bias': torch.full_like(norm.bias, value) for name, norm in norms.items()}
 
 

@@ -406,8 +406,7 @@ def forecast_of_config(cfg: Config, census: Census) -> Forecast | None:
             stepped without the network.
         CheckpointError: If the model cannot be built.
     """
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
-        model = model_of_config(cfg)
+    model = model_of_config(cfg)
     names = [layer.name for layer in census.layers]
     prefix = prefix_in_model(cfg, model, names)
     of_model = find_norms(model)
